@@ -1,0 +1,107 @@
+"""Preference files of any known format -> a prepared dataset of groups.
+
+    python launch/prepare.py --source mm_rlhf --input dpo_pairs.jsonl --media media/ --output prepared/
+
+Every row ends in a group or in DATASET/rejected.jsonl with its file, line and reason. Running the same command again
+finds the work done. Exit codes: 0 done, 1 failed, 2 bad usage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+from mmrlhf_jax.command import UsageError, run_command
+from mmrlhf_jax.data.media import MAX_FRAMES
+from mmrlhf_jax.data.prepare import PrepareOptions, prepare
+from mmrlhf_jax.data.sources import SOURCES
+from mmrlhf_jax.data.sources.rows import SourceOptions
+from mmrlhf_jax.groups import Renderer
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Preference files of any known format -> a prepared dataset of groups."""
+
+    source: str
+    """Format of the input: mm_rlhf (dpo_pairs.jsonl, mm_reward_bench.jsonl) or mapped (fields named by --map)."""
+    input: tuple[str, ...]
+    """JSON-lines or JSON-array files."""
+    output: str
+    """Directory of the prepared dataset; must not hold anything else."""
+    media: str | None = None
+    """Root of all picture and video paths; paths that leave it are refused."""
+    model: str | None = None
+    """Model directory whose renderer measures lengths."""
+    map: tuple[str, ...] = ()
+    """For --source mapped: TARGET=FIELD pairs, such as responses=answers rank=ranking."""
+    margin_column: str | None = None
+    """For --source mm_rlhf: the column with each pair's margin."""
+    max_tokens: int | None = None
+    """Reject groups whose prompt + longest response has more tokens (needs --model)."""
+    max_frames: int = MAX_FRAMES
+    """Reject videos with more frames."""
+    max_rejected: float = 0.05
+    """Fail, and prepare nothing, if a larger share of rows is rejected (duplicates aside)."""
+    workers: int = 4
+    """Threads that read and decode media."""
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments, prog="prepare.py")
+    report = prepare(_options(arguments))
+    if report.reused:
+        print(f"{arguments.output} is prepared already from the same inputs and options")
+    print("\n".join(report.lines()))
+
+
+def _options(arguments: Arguments) -> PrepareOptions:
+    if arguments.source not in SOURCES:
+        raise UsageError(f"--source {arguments.source}: choose one of {', '.join(SOURCES)}")
+    if not arguments.input:
+        raise UsageError("--input needs at least one file")
+    if arguments.max_tokens is not None and arguments.model is None:
+        raise UsageError("--max-tokens needs --model: lengths are counted in the model's tokens")
+    if not 0 <= arguments.max_rejected <= 1:
+        raise UsageError(f"--max-rejected {arguments.max_rejected} is not a share between 0 and 1")
+    for name in ("max_tokens", "max_frames", "workers"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
+    return PrepareOptions(
+        source=arguments.source,
+        inputs=arguments.input,
+        output=arguments.output,
+        media=arguments.media,
+        source_options=SourceOptions(_mapping(arguments.map), arguments.margin_column),
+        renderer=None if arguments.model is None else _renderer(arguments.model),
+        max_tokens=arguments.max_tokens,
+        max_frames=arguments.max_frames,
+        max_rejected=arguments.max_rejected,
+        workers=arguments.workers,
+        progress=True,
+    )
+
+
+def _mapping(pairs: tuple[str, ...]) -> dict[str, str]:
+    mapping: dict[str, str] = {}
+    for pair in pairs:
+        target, separator, path = pair.partition("=")
+        if not (target and separator and path):
+            raise UsageError(f"--map {pair}: write TARGET=FIELD")
+        if target in mapping:
+            raise UsageError(f"--map names {target} twice")
+        mapping[target] = path
+    return mapping
+
+
+def _renderer(directory: str) -> Renderer:
+    # Only here: a renderer loads a tokenizer, which takes seconds.
+    from mmrlhf_jax.models.llava_onevision.render import load_renderer
+
+    return load_renderer(directory)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,42 @@
+"""Train a recipe: python launch/train.py configs/RECIPE.py --output RUN [--field.subfield VALUE ...]
+
+The same command again resumes. configs/RECIPE.py --help lists every field with its value in that recipe.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from mmrlhf_jax.command import run_command
+from mmrlhf_jax.training.recipe import Recipe, read_recipe
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        print((__doc__ or "").strip())
+        sys.exit(0 if sys.argv[1:2] in (["-h"], ["--help"]) else 2)
+    file, arguments = sys.argv[1], sys.argv[2:]
+    default = read_recipe(file)
+
+    def command(
+        output: str,
+        recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = default,
+    ) -> None:
+        """Train a recipe; the same command again resumes.
+
+        Args:
+            output: the RUN directory; everything of the run is kept there
+            recipe: what to run
+        """
+        from mmrlhf_jax.training.train import train
+
+        train(recipe, output)
+
+    tyro.cli(command, prog=f"train.py {file}", args=arguments)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""MM-RLHF in JAX: multimodal alignment from ranked human preferences, one forward per group."""

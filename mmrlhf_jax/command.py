@@ -1,0 +1,50 @@
+"""How a program of launch/ ends: exit codes, one clear message, no traceback.
+
+0 done, 1 the work failed, 2 bad usage, 75 interrupted (run again to resume), 130 stopped from the keyboard.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import unicodedata
+from collections.abc import Callable
+
+
+class CommandError(Exception):
+    """The work failed; the message says what is wrong, where, and what to do."""
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
+class UsageError(CommandError):
+    """The command line contradicts itself."""
+
+    def __init__(self, message: str):
+        super().__init__(message, status=2)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a program and leave the process with its exit code.
+
+    Errors of input (`CommandError`, `ValueError`, `OSError`) become one line on stderr. Anything else is a defect of
+    ours and keeps its traceback; MMRLHF_TRACEBACK=1 shows it for all.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (CommandError, ValueError, OSError) as error:
+        if os.environ.get("MMRLHF_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        sys.exit(error.status if isinstance(error, CommandError) else 1)
+
+
+def one_line(text: str) -> str:
+    """Text from data, fit for a terminal: spaces for line breaks, no control or direction-changing characters."""
+    return "".join(c for c in " ".join(text.split()) if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))

@@ -1,0 +1,1 @@
+"""From preference files and pictures to prepared groups. Knows no model and starts no accelerator backend."""

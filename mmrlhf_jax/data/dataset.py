@@ -1,0 +1,197 @@
+"""The prepared dataset: groups and their encoded pictures as a TFDS dataset of ArrayRecord files.
+
+Two splits in the same order: `groups` holds texts and picture sizes (`Group.to_json()`), `media` the encoded bytes of
+all pictures and frames of the group, so a reader scans texts without touching pixels. TensorFlow is never imported.
+`metadata.json` carries a fingerprint of the inputs and options it was made from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from mmrlhf_jax.data.media import digest
+from mmrlhf_jax.groups import Group
+
+FORMAT_VERSION = 1  # raised whenever the same inputs would be stored differently
+SHARD_BYTES = 256 * 2**20  # also what the writer holds in memory
+SCAN_ROWS = 1024
+
+Example = dict[str, Any]
+
+
+class DatasetError(ValueError):
+    """A prepared dataset that is missing, damaged or not the one asked for."""
+
+
+class PreparedGroups(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    """Writes shard after shard, in order.
+
+    Not a `GeneratorBasedBuilder`: that one buffers a split before writing it and, above 1 GB, spills through
+    TensorFlow.
+    """
+
+    name = "prepared_groups"
+    VERSION = tfds.core.Version(f"{FORMAT_VERSION}.0.0")
+
+    def __init__(
+        self,
+        *,
+        groups: Sequence[Group],
+        byte_counts: Sequence[int],
+        load: Callable[[Group], list[bytes]],
+        metadata: Mapping[str, Any],
+        **options: Any,
+    ):
+        self._groups, self._byte_counts, self._load, self._stamp = groups, byte_counts, load, metadata
+        super().__init__(**options)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        pictures = tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Prompts with pictures and their ranked responses; `media` row i belongs to `groups` row i.",
+            # Every split shares one set of features: `groups` leaves `encoded` empty, `media` leaves `record` empty.
+            features=tfds.features.FeaturesDict({"record": tfds.features.Text(), "encoded": pictures}),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(self._stamp),
+        )
+
+    def _shard_iterators_per_split(self, dl_manager: Any) -> Mapping[str, Sequence[Callable[[], Any]]]:
+        texts = [len(group.to_json()) for group in self._groups]
+        return {
+            "groups": [partial(self._texts, rows) for rows in _shards(texts)],
+            "media": [partial(self._pictures, rows) for rows in _shards(self._byte_counts)],
+        }
+
+    def _texts(self, rows: range) -> Iterator[tuple[int, Example]]:
+        for row in rows:
+            yield row, {"record": self._groups[row].to_json(), "encoded": []}
+
+    def _pictures(self, rows: range) -> Iterator[tuple[int, Example]]:
+        for row in rows:
+            yield row, {"record": "", "encoded": self._load(self._groups[row])}
+
+
+def _shards(byte_counts: Sequence[int]) -> list[range]:
+    """Runs of rows of about SHARD_BYTES each, in order; no run is empty."""
+    shard_of = np.cumsum(np.asarray(byte_counts, np.int64)) // SHARD_BYTES
+    starts = [0, *(np.flatnonzero(np.diff(shard_of)) + 1).tolist(), len(byte_counts)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
+def write_dataset(
+    directory: epath.Path,
+    groups: Sequence[Group],
+    byte_counts: Sequence[int],
+    load: Callable[[Group], list[bytes]],
+    metadata: Mapping[str, Any],
+) -> epath.Path:
+    """Write `groups` somewhere under `directory` and return the folder that is the dataset.
+
+    `load` returns a group's encoded pictures, all of them, in order; `byte_counts` is about how many bytes that is.
+    """
+    builder = PreparedGroups(
+        groups=groups,
+        byte_counts=byte_counts,
+        load=load,
+        metadata=metadata,
+        data_dir=os.fspath(directory),
+        file_format="array_record",
+    )
+    # TFDS announces a download on stdout; nothing is downloaded and stdout is the program's.
+    with contextlib.redirect_stdout(io.StringIO()):
+        builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    return epath.Path(builder.data_dir)
+
+
+def read_metadata(directory: epath.Path) -> dict[str, Any] | None:
+    """What `write_dataset` stored as metadata, or None where `directory` is no TFDS dataset."""
+    if not (directory / "dataset_info.json").exists():
+        return None
+    return dict(tfds.builder_from_directory(directory).info.metadata or {})
+
+
+class PreparedDataset:
+    """Random access to prepared groups. Files are opened on first use, in each process for itself; picklable."""
+
+    def __init__(self, path: str):
+        """Raises DatasetError unless `path` holds a whole prepared dataset of this format."""
+        self.path = path
+        metadata = read_metadata(epath.Path(path))
+        if metadata is None or "fingerprint" not in metadata:
+            raise DatasetError(f"{path} is not a prepared dataset: make it with launch/prepare.py --output {path}")
+        if metadata.get("format_version") != FORMAT_VERSION:
+            raise DatasetError(
+                f"{path} has format version {metadata.get('format_version')}, this program reads {FORMAT_VERSION}: "
+                "prepare it again"
+            )
+        self.fingerprint: str = metadata["fingerprint"]
+        self._splits: dict[str, Any] = {}
+        self._length = len(self._split("groups"))
+        if len(self._split("media")) != self._length:
+            raise DatasetError(f"{path} has unequal splits: it is damaged, prepare it again")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_splits": {}}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def group(self, row: int) -> Group:
+        """Row `row` without picture bytes."""
+        return Group.from_json(self._split("groups")[self._checked(row)]["record"].decode())
+
+    def groups(self) -> Iterator[Group]:
+        """All rows in order, without picture bytes."""
+        for start in range(0, self._length, SCAN_ROWS):
+            rows = list(range(start, min(start + SCAN_ROWS, self._length)))
+            for example in self._split("groups").__getitems__(rows):
+                yield Group.from_json(example["record"].decode())
+
+    def with_media(self, row: int) -> Group:
+        """Row `row` with the encoded bytes of every picture and frame.
+
+        Raises:
+            DatasetError: the bytes are not those the group was prepared with.
+        """
+        group = self.group(row)
+        encoded = [bytes(data) for data in self._split("media")[row]["encoded"]]
+        if len(encoded) != sum(len(media.sizes) for media in group.media):
+            raise DatasetError(f"{self.path} row {row}: pictures are missing; it is damaged, prepare it again")
+        remaining, filled = iter(encoded), []
+        for media in group.media:
+            own = tuple(itertools.islice(remaining, len(media.sizes)))
+            if digest(own, media.kind) != media.sha256:
+                raise DatasetError(f"{self.path} row {row}: {media.path!r} is damaged (sha256); prepare it again")
+            filled.append(dataclasses.replace(media, encoded=own))
+        return dataclasses.replace(group, media=tuple(filled))
+
+    def _checked(self, row: int) -> int:
+        if not 0 <= row < self._length:
+            raise IndexError(f"{self.path} has rows 0..{self._length - 1}, not {row}")
+        return row
+
+    def _split(self, name: str) -> Any:
+        if name not in self._splits:
+            self._splits[name] = tfds.builder_from_directory(self.path).as_data_source(name)
+        return self._splits[name]
+
+
+def open_dataset(path: str | os.PathLike[str]) -> PreparedDataset:
+    """The dataset that `launch/prepare.py --output PATH` wrote.
+
+    Raises:
+        DatasetError: there is none, or it is damaged.
+    """
+    return PreparedDataset(os.fspath(path))

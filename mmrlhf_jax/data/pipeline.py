@@ -1,0 +1,252 @@
+"""From a prepared dataset to device-ready micro-batches: measured once, planned before training, loaded by grain.
+
+An item is what a step counts: a group, or in "pairs" mode one pair of it. Knows no model: a `Renderer` is handed in.
+Nothing here starts a jax backend, so grain's worker processes are free to run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import grain
+import numpy as np
+from absl import flags
+
+from mmrlhf_jax.batch import EMPTY, Bucket, Entry, GroupBatch, Totals, pack
+from mmrlhf_jax.data.buckets import ItemLengths
+from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax.data.media import decode
+from mmrlhf_jax.data.plan import ItemWeights, MicroBatch, StepPlan
+from mmrlhf_jax.groups import Group, Lengths, Rendered, Renderer
+
+Pairing = Literal["groups", "pairs"]
+Mean = Literal["pairs", "groups"]
+Kept = Literal["all", "best"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A dataset row and which of its responses take part, in order."""
+
+    row: int
+    responses: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Items:
+    """Everything a run trains on, measured. `lengths` and `weights` are arrays over `items`; `responses` is K."""
+
+    items: tuple[Item, ...]
+    lengths: ItemLengths
+    weights: ItemWeights
+    responses: int
+    skipped: int
+    """groups that take no part, because no response of theirs is preferred to another"""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which responses train, and how pairs are weighed."""
+
+    preferences: bool
+    """pairs are needed: groups without any are skipped"""
+    pairing: Pairing = "groups"
+    mean: Mean = "pairs"
+    kept: Kept = "all"
+    margins: bool = False
+    """every pair must have a margin"""
+
+
+class MissingMargin(ValueError):
+    """A pair has no margin where the objective needs one."""
+
+
+def select(groups: Sequence[Group], lengths: Sequence[Lengths], selection: Selection) -> Items:
+    """The items of a dataset. Raises MissingMargin naming rows and cure, ValueError when nothing is left."""
+    items: list[Item] = []
+    tiles, prompt, response, pairs, chosen_tokens, tokens = ([] for _ in range(6))
+    skipped = 0
+    if selection.margins:
+        check_margins(groups)
+    for row, (group, length) in enumerate(zip(groups, lengths, strict=True)):
+        found = _items_of(row, group, selection)
+        skipped += not found
+        for item in found:
+            weight = pair_weights(group, item, selection)
+            scored = np.array([length.responses[i] for i in item.responses])
+            items.append(item)
+            tiles.append(length.tiles)
+            prompt.append(length.prompt)
+            response.append(scored.max() if selection.pairing == "pairs" else scored.sum())
+            pairs.append(weight.sum())
+            chosen_tokens.append((weight.sum(1) * scored).sum())
+            tokens.append(scored.sum())
+    if not items:
+        raise ValueError(f"none of the {len(groups)} groups holds what this objective trains on")
+    return Items(
+        items=tuple(items),
+        lengths=ItemLengths(*(np.array(x, np.int64) for x in (tiles, prompt, response))),
+        weights=ItemWeights(*(np.array(x, np.float64) for x in (pairs, chosen_tokens, tokens))),
+        responses=max(len(item.responses) for item in items),
+        skipped=skipped,
+    )
+
+
+def _items_of(row: int, group: Group, selection: Selection) -> list[Item]:
+    if selection.preferences and not group.pairs:
+        return []
+    if selection.pairing == "pairs":
+        return [Item(row, (pair.chosen, pair.rejected)) for pair in group.pairs]
+    best = min(response.rank for response in group.responses)
+    return [Item(row, tuple(i for i, r in enumerate(group.responses) if selection.kept == "all" or r.rank == best))]
+
+
+def pair_weights(group: Group, item: Item, selection: Selection) -> np.ndarray:
+    """f32 [k, k] over the item's responses: 1 a pair, or shares of the group that sum to 1 for a mean over groups."""
+    place = {response: slot for slot, response in enumerate(item.responses)}
+    weight = np.zeros((len(place), len(place)), np.float32)
+    share = 1.0 / len(group.pairs) if selection.mean == "groups" and group.pairs else 1.0
+    for pair in group.pairs:
+        if pair.chosen in place and pair.rejected in place:
+            weight[place[pair.chosen], place[pair.rejected]] = share
+    if selection.pairing == "pairs":  # the reverse pair, were it listed, is an item of its own
+        weight *= np.array([[0, 1], [0, 0]], np.float32)
+    return weight
+
+
+def margin_of(group: Group, chosen: int, rejected: int, given: float | None) -> float | None:
+    """A pair's own margin, else the difference of its responses' scores, else None."""
+    if given is not None:
+        return given
+    best, worst = group.responses[chosen].score, group.responses[rejected].score
+    return None if best is None or worst is None else best - worst
+
+
+def check_margins(groups: Sequence[Group]) -> None:
+    """Raises MissingMargin when a pair has neither a margin nor two scores."""
+    bare = [
+        group for group in groups
+        if any(margin_of(group, pair.chosen, pair.rejected, pair.margin) is None for pair in group.pairs)
+    ]  # fmt: skip
+    if bare:
+        where = ", ".join(str(group.origins[0]) for group in bare[:3]) + (", ..." if len(bare) > 3 else "")
+        raise MissingMargin(
+            f"{len(bare)} of {len(groups)} groups have a pair without a margin ({where}), and this objective needs one. "
+            "Prepare the data with --margin-column NAME, give every response a score, or train without margins"
+        )
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A picklable map from `MicroBatch` to the numpy `GroupBatch` of this process.
+
+    `part` of `parts` processes takes an equal, consecutive share of every micro-batch's groups. `reference` holds
+    per-token reference log-probs by dataset row: f32 [tokens of all responses, end to end].
+    """
+
+    dataset: PreparedDataset
+    renderer: Renderer
+    items: tuple[Item, ...]
+    buckets: tuple[Bucket, ...]
+    selection: Selection
+    responses: int
+    reference: Mapping[int, np.ndarray] | None = None
+    part: int = 0
+    parts: int = 1
+
+    def __call__(self, micro: MicroBatch) -> GroupBatch:
+        bucket = self.buckets[micro.bucket]
+        mine = bucket.groups // self.parts
+        chosen = micro.items[self.part * mine : (self.part + 1) * mine]
+        return pack(
+            [None if item == EMPTY else self.entry(self.items[item]) for item in chosen],
+            bucket,
+            micro.totals,
+            responses=self.responses,
+            tokens_per_tile=self.renderer.tokens_per_tile,
+            tile_size=self.renderer.tile_size,
+            separate=self.selection.pairing == "pairs",
+        )
+
+    def entry(self, item: Item) -> Entry:
+        """Reads, decodes and renders one item."""
+        group = self.dataset.with_media(item.row)
+        whole = self.renderer.render(group, decode)
+        taken = [group.responses[i] for i in item.responses]
+        return Entry(
+            row=item.row,
+            rendered=Rendered(
+                whole.tiles,
+                whole.prompt,
+                whole.tap_index,
+                whole.tap_weight,
+                tuple(whole.branches[i] for i in item.responses),
+            ),
+            pair_weight=pair_weights(group, item, self.selection),
+            pair_margin=self._margins(group, item),
+            rank=np.array([response.rank for response in taken], np.int32),
+            score=np.array([response.score or 0.0 for response in taken], np.float32),
+            reference=self._reference(item, whole),
+        )
+
+    def _margins(self, group: Group, item: Item) -> np.ndarray:
+        place = {response: slot for slot, response in enumerate(item.responses)}
+        out = np.zeros((len(place), len(place)), np.float32)
+        for pair in group.pairs:
+            if pair.chosen in place and pair.rejected in place:
+                margin = margin_of(group, pair.chosen, pair.rejected, pair.margin)
+                out[place[pair.chosen], place[pair.rejected]] = 0.0 if margin is None else margin
+        return out
+
+    def _reference(self, item: Item, rendered: Rendered) -> tuple[np.ndarray, ...] | None:
+        if self.reference is None:
+            return None
+        if item.row not in self.reference:
+            raise KeyError(f"row {item.row} has no reference log-probs")
+        stored = self.reference[item.row]
+        ends = np.cumsum(rendered.lengths.responses)
+        if len(stored) != ends[-1]:
+            raise ValueError(f"row {item.row}: {len(stored)} reference log-probs for {ends[-1]} response tokens")
+        pieces = np.split(stored, ends[:-1])
+        return tuple(pieces[i] for i in item.responses)
+
+
+def micro_batches(
+    plan: StepPlan, load: Callable[[MicroBatch], GroupBatch], *, first_step: int = 0, workers: int = 0, buffer: int = 4
+) -> Iterator[tuple[MicroBatch, GroupBatch]]:
+    """Micro-batches in order from `first_step` on, loaded ahead: by threads, or by `workers` processes."""
+    start = int(plan.first_of_step[first_step])
+    rest = plan.micro_batches[start:]
+    if not rest:
+        return
+    source = grain.MapDataset.source(list(rest)).map(load)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # grain reads its own flags, and nobody else parsed them
+            flags.FLAGS.mark_as_parsed()
+        loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)).mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=min(workers, len(rest)), per_worker_buffer_size=buffer)
+        )
+    else:
+        loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=buffer))
+    yield from zip(rest, loaded, strict=True)
+
+
+def measure(groups: Sequence[Group], renderer: Renderer) -> list[Lengths]:
+    return [renderer.measure(group) for group in groups]
+
+
+def reading_plan(items: Items, buckets: tuple[Bucket, ...], assignment: np.ndarray, rows: Sequence[int]) -> StepPlan:
+    """Every item of `rows` once, in bucket-homogeneous micro-batches: for annotation and evaluation, where order is
+    free."""
+    out: list[MicroBatch] = []
+    totals = Totals(1.0, 1.0, 1.0, 1.0)  # nothing is divided: per-token values are read, not a loss
+    wanted = set(rows)
+    for index, bucket in enumerate(buckets):
+        mine = [i for i, item in enumerate(items.items) if assignment[i] == index and item.row in wanted]
+        for start in range(0, len(mine), bucket.groups):
+            chosen = mine[start : start + bucket.groups]
+            filled = tuple(chosen + [EMPTY] * (bucket.groups - len(chosen)))
+            out.append(MicroBatch(len(out), index, filled, totals, last=True))
+    return StepPlan(tuple(out), np.arange(len(out) + 1), "")

@@ -1,0 +1,304 @@
+"""From preference files to a prepared dataset: read rows, prove every picture, measure, write once.
+
+Every row ends in exactly one place: in a group, or in the list of rejected rows with file, line and reason. Nothing
+is cut to fit and nothing stands in for something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from etils import epath
+from tqdm import tqdm
+
+from mmrlhf_jax.data.dataset import FORMAT_VERSION, DatasetError, read_metadata, write_dataset
+from mmrlhf_jax.data.media import MAX_FRAMES, MediaError, MediaRoot, read_media, verify_media
+from mmrlhf_jax.data.report import Report, rejected_from_json, rejected_to_json, report_of
+from mmrlhf_jax.data.sources import read_source
+from mmrlhf_jax.data.sources.rows import Rejected, Remark, SourceOptions
+from mmrlhf_jax.groups import Group, Lengths, Media, Renderer
+
+REJECTED_FILE = "rejected.jsonl"
+REPORT_FILE = "report.json"
+
+
+class PrepareError(ValueError):
+    """Nothing was prepared; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareOptions:
+    """What is prepared, and how.
+
+    media          root of all media paths; None where no row names any
+    renderer       measures lengths; needed for `max_tokens`
+    max_tokens     a group whose prompt + longest response is longer is rejected, never cut
+    max_rejected   share of rejected rows (duplicates aside) above which nothing is prepared
+    """
+
+    source: str
+    inputs: tuple[str, ...]
+    output: str
+    media: str | None = None
+    source_options: SourceOptions = field(default_factory=SourceOptions)
+    renderer: Renderer | None = None
+    max_tokens: int | None = None
+    max_frames: int = MAX_FRAMES
+    max_rejected: float = 0.05
+    workers: int = 4
+    progress: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Proven:
+    """Media with sizes and sha256, every picture of which has been decoded; bytes left behind."""
+
+    media: Media
+    byte_count: int
+
+
+@dataclass(slots=True)
+class _Sorting:
+    """Groups still good, and where every other row went."""
+
+    groups: list[Group] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+
+    def reject(self, group: Group, reason: str) -> None:
+        self.rejected += [Rejected(origin, reason) for origin in group.origins]
+
+
+def prepare(options: PrepareOptions) -> Report:
+    """Write `options.output`, or find it already written from the same inputs.
+
+    The dataset appears under its name only when whole; an interrupted run leaves a hidden sibling that the next one
+    clears away.
+
+    Raises:
+        SourceError: the input cannot be read as asked.
+        DatasetError: `output` holds something else, or was prepared from other inputs.
+        PrepareError: too many rows are bad (they are listed in `output`/rejected.jsonl), or none is good.
+    """
+    if options.max_tokens is not None and options.renderer is None:
+        raise PrepareError("--max-tokens needs --model: lengths are counted in the model's tokens")
+    output = epath.Path(options.output)
+    metadata = _metadata(options)
+    if (done := _find_done(output, metadata)) is not None:
+        _clear_aside(output)
+        _check_share(done, options, output)
+        return done
+    sorting = _read(options)
+    bytes_of = _prove_media(sorting, options)
+    measured, over = _measure(sorting, options)
+    report = report_of(metadata["fingerprint"], sorting.groups, sorting.rejected, sorting.remarks, measured, over)
+    try:
+        _check_share(report, options, output)
+    except PrepareError:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / REJECTED_FILE).write_text(rejected_to_json(report.rejected))
+        raise
+    _write(output, sorting.groups, bytes_of, report, metadata, options)
+    return report
+
+
+def _metadata(options: PrepareOptions) -> dict[str, Any]:
+    """What the dataset is a function of, and its sha256.
+
+    Picture bytes are left out: hashing them would cost as much as preparing. A changed picture needs a new `output`.
+    """
+    stated = {
+        "format_version": FORMAT_VERSION,
+        "inputs": [_sha256(file) for file in options.inputs],
+        "source": options.source,
+        "map": dict(options.source_options.mapping),
+        "margin_column": options.source_options.margin_column,
+        "media": options.media if options.media is None or "://" in options.media else os.path.abspath(options.media),
+        "renderer": None if options.renderer is None else options.renderer.fingerprint,
+        "max_tokens": options.max_tokens,
+        "max_frames": options.max_frames,
+    }
+    canonical = json.dumps(stated, sort_keys=True)
+    return {**stated, "fingerprint": hashlib.sha256(canonical.encode()).hexdigest()}
+
+
+def _sha256(file: str) -> str:
+    path = epath.Path(file)
+    if path.is_dir():
+        raise PrepareError(f"{file} is a directory: name the files in it as --input")
+    if not path.exists():
+        raise PrepareError(f"{file} does not exist: correct --input")
+    total = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(2**20):
+            total.update(block)
+    return total.hexdigest()
+
+
+def _find_done(output: epath.Path, metadata: dict[str, Any]) -> Report | None:
+    if not output.exists():
+        return None
+    found = read_metadata(output) if output.is_dir() else None
+    if found is None:
+        if not output.is_dir() or any(child.name != REJECTED_FILE for child in output.iterdir()):
+            raise DatasetError(f"{output} exists and is not a prepared dataset: choose another --output")
+        return None
+    if found.get("fingerprint") != metadata["fingerprint"]:
+        changed = ", ".join(key for key in metadata if key != "fingerprint" and found.get(key) != metadata[key])
+        raise DatasetError(
+            f"{output} was prepared from other inputs or options (fingerprint {found.get('fingerprint')}, this run is "
+            f"{metadata['fingerprint']}; different: {changed}): choose another --output or remove it"
+        )
+    rejected = rejected_from_json((output / REJECTED_FILE).read_text())
+    return Report.from_json((output / REPORT_FILE).read_text(), rejected)
+
+
+def _check_share(report: Report, options: PrepareOptions, output: epath.Path) -> None:
+    where = f"see {output / REJECTED_FILE}"
+    if not report.groups:
+        raise PrepareError(f"none of {report.rows} rows became a group: {where}")
+    if report.rejected_share > options.max_rejected:
+        bad = len(report.rejected) - report.duplicates
+        raise PrepareError(
+            f"{bad} of {report.rows - report.duplicates} rows were rejected ({report.rejected_share:.3f}), more than "
+            f"--max-rejected {options.max_rejected:g}: {where}, mend the input or raise the share"
+        )
+
+
+def _read(options: PrepareOptions) -> _Sorting:
+    sorting = _Sorting()
+    for item in read_source(options.source, options.inputs, options.source_options):
+        match item:
+            case Group():
+                sorting.groups.append(item)
+            case Rejected():
+                sorting.rejected.append(item)
+            case Remark():
+                sorting.remarks.append(item)
+    return sorting
+
+
+def _prove_media(sorting: _Sorting, options: PrepareOptions) -> dict[Media, int]:
+    """Replace media by their proven selves (sizes, sha256); returns how many encoded bytes each has."""
+    wanted = list(dict.fromkeys(media for group in sorting.groups for media in group.media))
+    if not wanted:
+        return {}
+    root = _media_root(options)
+    with ThreadPoolExecutor(options.workers) as pool:  # Pillow's decoders release the GIL
+        try:
+            results = pool.map(lambda media: _prove(media, root), wanted)
+            proven = dict(zip(wanted, _progress(results, "media", len(wanted), options), strict=True))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    whole = {media: result for media, result in proven.items() if isinstance(result, Proven)}
+    kept = []
+    for group in sorting.groups:
+        reasons = [str(proven[media]) for media in group.media if media not in whole]
+        if reasons:
+            sorting.reject(group, "; ".join(reasons))
+        else:
+            kept.append(dataclasses.replace(group, media=tuple(whole[media].media for media in group.media)))
+    sorting.groups = kept
+    return {result.media: result.byte_count for result in whole.values()}
+
+
+def _media_root(options: PrepareOptions) -> MediaRoot:
+    if options.media is None:
+        raise PrepareError("the rows name pictures or videos: give their root with --media")
+    if not epath.Path(options.media).is_dir():
+        raise PrepareError(f"{options.media} is not a directory: correct --media")
+    return MediaRoot(options.media, max_frames=options.max_frames)
+
+
+def _prove(media: Media, root: MediaRoot) -> Proven | str:
+    """The media without their bytes, or what is wrong with them."""
+    try:
+        whole = verify_media(media, root)
+    except MediaError as error:
+        return str(error)
+    except OSError as error:
+        return f"{media.path!r} cannot be read: {error}"
+    return Proven(dataclasses.replace(whole, encoded=()), sum(map(len, whole.encoded)))
+
+
+def _measure(sorting: _Sorting, options: PrepareOptions) -> tuple[list[Lengths], int]:
+    """Lengths of all groups with the renderer; those over `max_tokens` are rejected. Returns lengths, how many over."""
+    renderer, limit = options.renderer, options.max_tokens
+    if renderer is None:
+        return [], 0
+    kept, measured, over = [], [], 0
+    for group in _progress(sorting.groups, "lengths", len(sorting.groups), options):
+        try:
+            lengths = renderer.measure(group)
+        except ValueError as error:
+            sorting.reject(group, f"cannot be rendered: {error}")
+            continue
+        measured.append(lengths)
+        longest = max(lengths.responses)
+        if limit is not None and lengths.prompt + longest > limit:
+            over += 1
+            sorting.reject(
+                group,
+                f"{lengths.prompt + longest} tokens (prompt {lengths.prompt}, longest response {longest}), more than "
+                f"--max-tokens {limit}: raise it or drop the row",
+            )
+            continue
+        kept.append(group)
+    sorting.groups = kept
+    return measured, over
+
+
+def _write(
+    output: epath.Path,
+    groups: Sequence[Group],
+    bytes_of: Mapping[Media, int],
+    report: Report,
+    metadata: dict[str, Any],
+    options: PrepareOptions,
+) -> None:
+    """Write beside `output`, then give it its name."""
+    aside = _clear_aside(output)
+    with tqdm(total=len(groups), desc="writing", disable=not options.progress, unit="group") as bar:
+
+        def load(group: Group) -> list[bytes]:
+            bar.update()
+            return _reload(group, options)
+
+        byte_counts = [sum(bytes_of[media] for media in group.media) for group in groups]
+        whole = write_dataset(aside, groups, byte_counts, load, metadata)
+    (whole / REJECTED_FILE).write_text(rejected_to_json(report.rejected))
+    (whole / REPORT_FILE).write_text(report.to_json())
+    if output.exists():
+        output.rmtree()  # holds at most the list of an earlier refusal, see _find_done
+    whole.rename(output)
+    _clear_aside(output)
+
+
+def _clear_aside(output: epath.Path) -> epath.Path:
+    """Where a dataset is written before it gets its name, emptied of what an interrupted run left."""
+    aside = output.parent / f".{output.name}.preparing"
+    if aside.exists():
+        aside.rmtree()
+    return aside
+
+
+def _reload(group: Group, options: PrepareOptions) -> list[bytes]:
+    encoded: list[bytes] = []
+    for media in group.media:
+        again = read_media(dataclasses.replace(media, sizes=(), sha256=""), _media_root(options))
+        if again.sha256 != media.sha256:
+            raise PrepareError(f"{media.path!r} changed while it was prepared: run again")
+        encoded += again.encoded
+    return encoded
+
+
+def _progress(items: Iterable[Any], what: str, total: int, options: PrepareOptions) -> Iterable[Any]:
+    return tqdm(items, desc=what, total=total, disable=not options.progress)

@@ -1,0 +1,177 @@
+"""What a preparation read, kept and turned away."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmrlhf_jax.command import one_line
+from mmrlhf_jax.data.ranking import pairs_of
+from mmrlhf_jax.data.sources.rows import Rejected, Remark
+from mmrlhf_jax.groups import Group, Lengths, Origin
+
+SHOWN = 20  # rejected rows printed; the file has all
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Order statistics of token counts (of tiles: pictures cut to the tower's size)."""
+
+    min: int
+    median: int
+    p90: int
+    max: int
+
+    @classmethod
+    def of(cls, values: Sequence[int]) -> Spread:
+        low, median, p90, high = np.percentile(values, [0, 50, 90, 100], method="higher")
+        return cls(int(low), int(median), int(p90), int(high))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Counts over kept groups, and every row that is in none of them.
+
+    rows                all rows read: those in groups, and `rejected`
+    responses           K -> number of groups
+    pairs, ties         preferences; unordered pairs of equal rank in complete orders
+    complete, partial   groups whose pairs are all pairs of different rank, and those where some are not known
+    lengths             "prompt", "response", "tiles", "total" (prompt + longest response) -> Spread; of every group
+                        measured, those over `max_tokens` included; empty without a model
+    over_max_tokens     groups rejected for their length
+    """
+
+    fingerprint: str
+    rows: int
+    groups: int
+    responses: dict[int, int]
+    pairs: int
+    ties: int
+    complete: int
+    partial: int
+    without_pairs: int
+    pictures: int
+    videos: int
+    frames: int
+    text_only: int
+    over_max_tokens: int
+    lengths: dict[str, Spread]
+    rejected: tuple[Rejected, ...]
+    remarks: tuple[Remark, ...]
+    reused: bool = False
+
+    @property
+    def duplicates(self) -> int:
+        return sum(row.duplicate for row in self.rejected)
+
+    @property
+    def rejected_share(self) -> float:
+        """Rejected rows among all that are not duplicates."""
+        bad = len(self.rejected) - self.duplicates
+        return bad / max(1, self.rows - self.duplicates)
+
+    def to_json(self) -> str:
+        """Everything but the rejected rows, which have their own file."""
+        fields = dataclasses.asdict(dataclasses.replace(self, rejected=()))
+        del fields["rejected"], fields["reused"]
+        return json.dumps(fields, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str, rejected: Sequence[Rejected]) -> Report:
+        """Inverse of `to_json`, as a report of work done earlier."""
+        fields = json.loads(text)
+        fields["responses"] = {int(k): n for k, n in fields["responses"].items()}
+        fields["lengths"] = {name: Spread(**spread) for name, spread in fields["lengths"].items()}
+        fields["remarks"] = tuple(Remark(**remark) for remark in fields["remarks"])
+        return cls(**fields, rejected=tuple(rejected), reused=True)
+
+    def lines(self) -> list[str]:
+        """The report for a terminal."""
+        histogram = ", ".join(f"K={k}: {n}" for k, n in sorted(self.responses.items()))
+        bad = len(self.rejected) - self.duplicates
+        lines = [
+            f"rows       {self.rows} read, {bad} rejected, {self.duplicates} duplicates",
+            f"groups     {self.groups} ({histogram})",
+            f"pairs      {self.pairs}, ties {self.ties}, groups without pairs {self.without_pairs}",
+            f"orders     {self.complete} complete, {self.partial} partial",
+            f"media      {self.pictures} pictures, {self.videos} videos ({self.frames} frames), "
+            f"{self.text_only} text-only groups",
+        ]
+        lines += [
+            f"{name:<10} min {s.min}, median {s.median}, p90 {s.p90}, max {s.max}" for name, s in self.lengths.items()
+        ]
+        if self.lengths:
+            lines.append(f"too long   {self.over_max_tokens} groups over --max-tokens")
+        lines += [f"note       {one_line(remark.text)} ({remark.rows} rows)" for remark in self.remarks]
+        lines += [f"rejected   {one_line(f'{row.origin}: {row.reason}')}" for row in self.rejected[:SHOWN]]
+        if len(self.rejected) > SHOWN:
+            lines.append(f"rejected   ... and {len(self.rejected) - SHOWN} more in rejected.jsonl")
+        return lines
+
+
+def report_of(
+    fingerprint: str,
+    groups: Sequence[Group],
+    rejected: Sequence[Rejected],
+    remarks: Sequence[Remark],
+    measured: Sequence[Lengths],
+    over_max_tokens: int,
+) -> Report:
+    """Count `groups`; `measured` are the lengths of every group that could be measured."""
+    ranks = [tuple(response.rank for response in group.responses) for group in groups]
+    listed = [{(pair.chosen, pair.rejected) for pair in group.pairs} for group in groups]
+    complete = [pairs == set(pairs_of(rank)) for pairs, rank in zip(listed, ranks, strict=True)]
+    ties = sum(
+        n * (n - 1) // 2 for rank, whole in zip(ranks, complete, strict=True) if whole for n in Counter(rank).values()
+    )
+    media = [m for group in groups for m in group.media]
+    videos = [m for m in media if m.kind == "video"]
+    return Report(
+        fingerprint=fingerprint,
+        rows=sum(len(group.origins) for group in groups) + len(rejected),
+        groups=len(groups),
+        responses=dict(Counter(len(group.responses) for group in groups)),
+        pairs=sum(len(group.pairs) for group in groups),
+        ties=ties,
+        complete=sum(complete),
+        partial=len(groups) - sum(complete),
+        without_pairs=sum(not group.pairs for group in groups),
+        pictures=len(media) - len(videos),
+        videos=len(videos),
+        frames=sum(len(m.sizes) for m in videos),
+        text_only=sum(not group.media for group in groups),
+        over_max_tokens=over_max_tokens,
+        lengths=_spreads(measured),
+        rejected=tuple(rejected),
+        remarks=tuple(remarks),
+    )
+
+
+def _spreads(measured: Sequence[Lengths]) -> dict[str, Spread]:
+    if not measured:
+        return {}
+    return {
+        "prompt": Spread.of([lengths.prompt for lengths in measured]),
+        "response": Spread.of([tokens for lengths in measured for tokens in lengths.responses]),
+        "total": Spread.of([lengths.prompt + max(lengths.responses) for lengths in measured]),
+        "tiles": Spread.of([lengths.tiles for lengths in measured]),
+    }
+
+
+def rejected_to_json(rows: Sequence[Rejected]) -> str:
+    """One JSON object a line: file, line, reason, duplicate."""
+    return "".join(
+        json.dumps({"file": r.origin.file, "line": r.origin.line, "reason": r.reason, "duplicate": r.duplicate}) + "\n"
+        for r in rows
+    )
+
+
+def rejected_from_json(text: str) -> list[Rejected]:
+    """Inverse of `rejected_to_json`."""
+    rows = [json.loads(line) for line in text.splitlines()]
+    return [Rejected(Origin(r["file"], r["line"]), r["reason"], r["duplicate"]) for r in rows]

@@ -1,0 +1,264 @@
+"""Rows of JSON-lines and JSON-array files, one at a time, each with its line; a bad row costs only itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Protocol
+
+from etils import epath
+
+from mmrlhf_jax.groups import Group, Media, Origin
+
+MAX_ROW_BYTES = 64 * 2**20
+
+_MARKER = re.compile(r"<image>\n?")
+
+
+class SourceError(ValueError):
+    """The input as a whole cannot be read as asked."""
+
+
+class RowError(ValueError):
+    """One row cannot be used; the message is the reason."""
+
+
+class MissingField(RowError):
+    """The row lacks a field that the user named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One row that became part of no group. A `duplicate` adds nothing and is not held against the file."""
+
+    origin: Origin
+    reason: str
+    duplicate: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Remark:
+    """Something true of `rows` rows that the user should know."""
+
+    text: str
+    rows: int
+
+
+Item = Group | Rejected | Remark
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """mapping: target -> path in the row (`mapped`); margin_column: column of pair margins (`mm_rlhf`)."""
+
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    margin_column: str | None = None
+
+
+class Source(Protocol):
+    def __call__(self, files: Sequence[str], options: SourceOptions) -> Iterator[Item]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    origin: Origin
+    fields: dict[str, Any]
+
+
+def read_rows(files: Sequence[str]) -> Iterator[Row | Rejected]:
+    """Rows of each file in turn: JSON lines, or one JSON array where the file starts with `[` and is no `.jsonl`.
+
+    Raises:
+        SourceError: a file is missing, or a JSON array is broken (there is no next line to go on from).
+    """
+    for file in files:
+        path = epath.Path(file)
+        if not path.exists():
+            raise SourceError(f"{file} does not exist: correct --input")
+        if path.is_dir():
+            raise SourceError(f"{file} is a directory: name the files in it")
+        with path.open("rb") as stream:
+            array = "jsonl" not in path.name and _first_byte(stream) == b"["
+            yield from _array_rows(file, stream) if array else _line_rows(file, stream)
+
+
+def _first_byte(stream: BinaryIO) -> bytes:
+    head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    stream.seek(0)
+    return head[:1]
+
+
+def _line_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        origin = Origin(file, number)
+        if len(line) > MAX_ROW_BYTES:
+            while not line.endswith(b"\n") and (line := stream.readline(2**20)):
+                pass  # pass over the rest of the line without holding it
+            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: pictures belong in files, not in rows")
+            continue
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield _parse(origin, line.rstrip(b"\r\n"))
+
+
+def _parse(origin: Origin, line: bytes) -> Row | Rejected:
+    try:
+        return Row(origin, _object(_DECODER.decode(line.decode("utf-8"))))
+    except UnicodeDecodeError as error:
+        return Rejected(origin, f"not UTF-8 at byte {error.start}")
+    except json.JSONDecodeError as error:
+        return Rejected(origin, f"invalid JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return Rejected(origin, "invalid JSON: nested too deeply")
+    except ValueError as error:
+        return Rejected(origin, str(error))
+
+
+def _array_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
+    try:
+        text = stream.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{file} is not UTF-8 at byte {error.start}: re-save it as UTF-8") from error
+    at = _skip(text, text.index("[") + 1)
+    line, counted = 1, 0
+    plain = json.JSONDecoder()
+    while not text.startswith("]", at):
+        line, counted = line + text.count("\n", counted, at), at
+        origin = Origin(file, line)
+        try:
+            _, end = plain.raw_decode(text, at)
+            after = _skip(text, end)
+            if not text.startswith((",", "]"), after):
+                raise json.JSONDecodeError("expected ',' or ']'", text, after)
+        except (ValueError, RecursionError) as error:
+            raise SourceError(
+                f"{origin}: broken JSON array ({error}); save the rows as JSON lines, where one bad row costs one row"
+            ) from error
+        if end - at > MAX_ROW_BYTES:
+            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: pictures belong in files, not in rows")
+        else:
+            yield _parse(origin, text[at:end].encode("utf-8", "surrogatepass"))
+        at = _skip(text, after + 1) if text.startswith(",", after) else after
+    if _skip(text, at + 1) != len(text):
+        raise SourceError(f"{file}: text after the JSON array; save the rows as JSON lines")
+
+
+def _skip(text: str, at: int) -> int:
+    while text.startswith((" ", "\t", "\r", "\n"), at):
+        at += 1
+    return at
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RowError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return fields
+
+
+def _no_constant(name: str) -> Any:
+    raise RowError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RowError(f"row is {_kind(value)}, an object was expected")
+    _check_strings(value)
+    return value
+
+
+def _check_strings(value: Any, at: str = "") -> None:
+    if isinstance(value, str):
+        if "\0" in value:
+            raise RowError(f"NUL character in {at or 'a key'}")
+        if not value.isascii():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError:
+                raise RowError(f"lone surrogate in {at or 'a key'}") from None
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_strings(key)
+            _check_strings(inner, f"{at}.{key}" if at else key)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_strings(inner, at)
+
+
+# Fields, checked. `where` is the name shown to the user.
+
+
+def text_of(value: Any, where: str) -> str:
+    """A string with something in it, verbatim."""
+    if not isinstance(value, str):
+        raise RowError(f"{where} is {_kind(value)}, a string was expected")
+    if not value.strip():
+        raise RowError(f"{where} is empty")
+    return value
+
+
+def optional_text_of(value: Any, where: str) -> str | None:
+    """None where the value is null or blank."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return text_of(value, where)
+
+
+def number_of(value: Any, where: str) -> float:
+    """A finite number; booleans are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RowError(f"{where} is {_kind(value)}, a number was expected")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RowError(f"{where} is not finite")
+    return number
+
+
+def id_of(value: Any, where: str) -> str:
+    """A string, or an integer written out."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_of(value, where)
+
+
+def media_of(image: Any, video: Any) -> tuple[Media, ...]:
+    """`image`: a path or a list of paths; `video`: a directory of frames; null or neither: text only."""
+    if image is not None and video is not None:
+        raise RowError("both 'image' and 'video' are set: keep one")
+    if video is not None:
+        return (Media("video", text_of(video, "'video'")),)
+    if image is None:
+        return ()
+    paths = image if isinstance(image, list) else [image]
+    if not paths:
+        raise RowError("'image' is an empty list: name a picture or leave it out")
+    return tuple(Media("image", text_of(path, "'image'")) for path in paths)
+
+
+def prompt_of(value: Any, media: Sequence[Media], where: str = "'prompt'") -> str:
+    """The question, without the `<image>` markers (one a picture) that stand before it.
+
+    The released loader strips them too; a marker elsewhere is text.
+    """
+    text, start, found = text_of(value, where), 0, 0
+    while found < max(1, len(media)) and (marker := _MARKER.match(text, start)):
+        start, found = marker.end(), found + 1
+    if found and not media:
+        raise RowError(f"{where} starts with <image> but the row names no picture")
+    return text_of(text[start:], where)
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return names.get(type(value), "an object")

@@ -1,0 +1,173 @@
+"""The host words everyone uses: a group is one prompt (pictures and text) and K responses to it.
+
+Nothing here knows jax, a model or a file format. Sources make groups, `data.dataset` stores them, a model's
+renderer turns them into arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a piece of data came from; every message about data names one."""
+
+    file: str
+    line: int  # counts from 1
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """One picture, or one video as its frames in order.
+
+    `encoded` holds the file bytes (one entry for a picture) and is empty while a group travels without pixels;
+    `sizes` are (width, height) as displayed, EXIF rotation applied; `sha256` names the bytes.
+    """
+
+    kind: Literal["image", "video"]
+    path: str
+    sizes: tuple[tuple[int, int], ...] = ()
+    sha256: str = ""
+    encoded: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    role: Literal["system", "user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One answer. Rank 0 is the best; tied responses share a rank."""
+
+    text: str
+    rank: int = 0
+    score: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """`responses[chosen]` is preferred to `responses[rejected]`; `margin` is the reward difference, if known."""
+
+    chosen: int
+    rejected: int
+    margin: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One prompt and its ranked responses. The media stand before the text of the first user turn."""
+
+    id: str
+    prompt: tuple[Turn, ...]
+    media: tuple[Media, ...]
+    responses: tuple[Response, ...]
+    pairs: tuple[Pair, ...]
+    origins: tuple[Origin, ...]
+
+    def content_hash(self) -> str:
+        """sha256 of everything a log-probability depends on: prompt, pictures, response texts in order."""
+        content = {
+            "prompt": [[turn.role, turn.text] for turn in self.prompt],
+            "media": [[media.kind, media.sha256] for media in self.media],
+            "responses": [response.text for response in self.responses],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The group without its encoded pictures, as one JSON object."""
+        bare = dataclasses.replace(self, media=tuple(dataclasses.replace(m, encoded=()) for m in self.media))
+        return json.dumps(dataclasses.asdict(bare), ensure_ascii=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Group:
+        """Inverse of `to_json`."""
+        raw: dict[str, Any] = json.loads(text)
+        return cls(
+            id=raw["id"],
+            prompt=tuple(Turn(**turn) for turn in raw["prompt"]),
+            media=tuple(
+                Media(kind=m["kind"], path=m["path"], sizes=tuple((w, h) for w, h in m["sizes"]), sha256=m["sha256"])
+                for m in raw["media"]
+            ),
+            responses=tuple(Response(**response) for response in raw["responses"]),
+            pairs=tuple(Pair(**pair) for pair in raw["pairs"]),
+            origins=tuple(Origin(**origin) for origin in raw["origins"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """What a group costs on a device: picture tiles, prompt tokens (pictures included), tokens of each response."""
+
+    tiles: int
+    prompt: int
+    responses: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One response as tokens: `token` i32 [R], `loss_weight` f32 [R] (0 = not scored)."""
+
+    token: np.ndarray
+    loss_weight: np.ndarray
+
+
+NEWLINE = -1  # in `Rendered.tap_index`: the row of the model's image_newline
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A group as arrays, before packing.
+
+    tiles       u8 [I, H, W, 3]  raw pixels
+    prompt      i32 [P]          token ids; the id under a picture token is a placeholder
+    tap_index   i32 [P, 4]       rows of the group's projected features: tile * tokens_per_tile + patch, or NEWLINE
+    tap_weight  f32 [P, 4]       weights of those rows; all zero = a text token
+    branches    K of them
+    """
+
+    tiles: np.ndarray
+    prompt: np.ndarray
+    tap_index: np.ndarray
+    tap_weight: np.ndarray
+    branches: tuple[Branch, ...]
+
+    @property
+    def lengths(self) -> Lengths:
+        return Lengths(len(self.tiles), len(self.prompt), tuple(len(branch.token) for branch in self.branches))
+
+
+class Renderer(Protocol):
+    """What the data pipeline asks of a model family: how a group becomes tokens and tiles."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the same group would render differently."""
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a square tile, in pixels."""
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Rows of projected features a tile yields."""
+
+    def measure(self, group: Group) -> Lengths:
+        """Token counts from text and picture sizes alone; equal to `render(...).lengths`."""
+
+    def render(self, group: Group, decode: Callable[[bytes], np.ndarray]) -> Rendered:
+        """`decode` turns encoded bytes into u8 RGB [height, width, 3]."""

@@ -1,0 +1,1 @@
+"""Running a model: scoring now, generation on top of it."""

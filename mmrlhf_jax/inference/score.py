@@ -1,0 +1,100 @@
+"""Per-token log-probabilities of every response of a dataset under a model: the reference of DPO, computed once.
+
+One forward a group, without gradient. Written in parts as it goes, so a killed run loses at most one part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mmrlhf_jax.batch import EMPTY, GroupBatch
+from mmrlhf_jax.data.annotations import AnnotationStore
+from mmrlhf_jax.data.buckets import plan_buckets
+from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax.data.pipeline import Items, Loader, Selection, measure, micro_batches, reading_plan, select
+from mmrlhf_jax.groups import Renderer
+from mmrlhf_jax.models.llava_onevision.model import Compute, response_logps
+from mmrlhf_jax.nn.sharding import BATCH_AXES
+from mmrlhf_jax.training.run import LoadedModel
+from mmrlhf_jax.training.runtime import to_devices
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    max_buckets: int = 8
+    multiple: int = 128
+    slots_per_device: int = 16384
+    """tokens (tiles counted in tokens) a device forwards at once"""
+    workers: int = 0
+    rows_per_part: int = 256
+    """groups between two writes"""
+
+
+def write_reference_logps(
+    dataset: PreparedDataset,
+    renderer: Renderer,
+    model: LoadedModel,
+    store: AnnotationStore,
+    mesh: Mesh,
+    compute: Compute,
+    config: ScoreConfig,
+) -> int:
+    """Stores `logp` f32 [tokens of all responses, end to end] for every row that has none yet; returns how many it
+    wrote."""
+    groups = list(dataset.groups())
+    selection = Selection(preferences=False)
+    items = select(groups, measure(groups, renderer), selection)
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    buckets = plan_buckets(
+        items.lengths,
+        max_buckets=config.max_buckets,
+        multiple=config.multiple,
+        slots_per_shard=config.slots_per_device,
+        shards=shards,
+        groups_per_step=len(items.items),
+        tile_cost=4 * model.config.tile_cost,  # a forward alone: the tower is no longer the cheap part
+    )
+    todo = sorted(set(range(len(groups))) - store.done())
+    plan = reading_plan(items, buckets.buckets, buckets.assignment, todo)
+    loader = Loader(dataset, renderer, items.items, buckets.buckets, selection, items.responses)
+    score = jax.jit(lambda params, batch: response_logps(params, model.config, batch, compute).logp)
+    pending: dict[int, np.ndarray] = {}
+    with jax.set_mesh(mesh), tqdm(total=len(groups), initial=len(groups) - len(todo), unit="group") as bar:
+        for _, batch in micro_batches(plan, loader, workers=config.workers):
+            logp = np.asarray(jax.device_get(score(model.params, to_devices(batch, mesh))))
+            found = split_rows(logp, batch, items)
+            pending.update(found)
+            bar.update(len(found))
+            if len(pending) >= config.rows_per_part:
+                _flush(store, groups, pending)
+    _flush(store, groups, pending)
+    return len(todo)
+
+
+def split_rows(logp: np.ndarray, batch: GroupBatch, items: Items) -> dict[int, np.ndarray]:
+    """Log-probs f32 [B, S] as one array a dataset row, padding removed. Raises ValueError at one that is not finite."""
+    p, branches = batch.tap_index.shape[1], batch.branch_end.shape[1]
+    out = {}
+    for b, row in enumerate(np.asarray(batch.row)):
+        if row == EMPTY:
+            continue
+        values = logp[b, batch.branch[b, p:] < branches]
+        if not np.isfinite(values).all():
+            raise ValueError(f"row {row}: the model gives non-finite log-probs; try compute dtype float32")
+        out[int(row)] = values
+    return out
+
+
+def _flush(store: AnnotationStore, groups: Sequence, pending: dict[int, np.ndarray]) -> None:
+    if pending:
+        rows = sorted(pending)
+        hashes = [groups[row].content_hash() for row in rows]
+        store.write(rows, hashes, {"logp": [pending[row] for row in rows]})
+        pending.clear()

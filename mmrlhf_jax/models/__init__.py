@@ -1,0 +1,1 @@
+"""One folder a model family: config, pure forward, weight table, renderer."""

@@ -1,0 +1,149 @@
+"""LLaVA-OneVision (arXiv 2408.03326) over groups: tower once a picture, prompt once a group, log-probs of every
+response."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mmrlhf_jax.batch import GroupBatch
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
+from mmrlhf_jax.models.qwen2 import model as qwen2
+from mmrlhf_jax.models.siglip import model as siglip
+from mmrlhf_jax.nn.attention import Backend, GroupRule
+from mmrlhf_jax.nn.params import Param
+from mmrlhf_jax.nn.remat import RematRung
+from mmrlhf_jax.nn.sharding import BATCH_AXES, constrain
+from mmrlhf_jax.nn.token_logps import TokenLogps, token_logps
+
+
+@struct.dataclass
+class Projector:
+    """Two linear layers with an exact GELU between them: tower features -> decoder embeddings."""
+
+    in_kernel: Any  # [D_tower, D]
+    in_bias: Any
+    out_kernel: Any  # [D, D]
+    out_bias: Any
+
+
+@struct.dataclass
+class LlavaOnevision:
+    tower: siglip.Siglip
+    projector: Projector
+    newline: Any  # [D], stands at the end of every row of an any-res grid
+    decoder: qwen2.Qwen2
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the forward runs, not what it computes. Static under jit."""
+
+    dtype: str = "float32"
+    """dtype of activations and matrix products: bfloat16 on accelerators"""
+    platform: str = "cpu"
+    attention: Backend = "auto"
+    remat: RematRung = "full"
+    vocab_chunk: int = 8192
+    vocab_shards: int = 1
+    """devices that split the vocabulary axis: the mesh's `tensor`"""
+
+
+def declare(config: LlavaOnevisionConfig) -> LlavaOnevision:
+    """All parameters, as `Param` declarations."""
+    t, d = config.tower.embed, config.decoder.embed
+    return LlavaOnevision(
+        tower=siglip.declare(config.tower),
+        projector=Projector(
+            in_kernel=Param((t, d), (None, "embed"), fan_in=t),
+            in_bias=Param((d,), ("embed",), "zeros"),
+            out_kernel=Param((d, d), ("embed", None), fan_in=d),
+            out_bias=Param((d,), ("embed",), "zeros"),
+        ),
+        newline=Param((d,), ("embed",), fan_in=d),
+        decoder=qwen2.declare(config.decoder),
+    )
+
+
+def picture_features(
+    params: LlavaOnevision, config: LlavaOnevisionConfig, tiles: jax.Array, compute: Compute
+) -> jax.Array:
+    """tiles u8 [N, I, H, W, 3] -> [N, I * tokens_per_tile + 1, D]: every patch of every tile, then the newline."""
+    n, i = tiles.shape[:2]
+    dtype = jnp.dtype(compute.dtype)
+    newline = jnp.broadcast_to(params.newline.astype(dtype), (n, 1, config.decoder.embed))
+    if i == 0:
+        return newline
+    pixels = tiles.reshape(n * i, *tiles.shape[2:]).astype(jnp.float32) / 255
+    pixels = (pixels - jnp.asarray(config.pixel_mean)) / jnp.asarray(config.pixel_std)
+    x = siglip.encode(params.tower, config.tower, pixels.astype(dtype), rung=compute.remat)
+    with jax.named_scope("projector"):
+        w = jax.tree.map(lambda p: p.astype(dtype), params.projector)
+        x = jax.nn.gelu(x @ w.in_kernel + w.in_bias, approximate=False) @ w.out_kernel + w.out_bias
+    x = constrain(x.reshape(n, i * config.tokens_per_tile, -1), BATCH_AXES, None, None)
+    return jnp.concatenate([x, newline], axis=1)
+
+
+def embed(params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute) -> jax.Array:
+    """Decoder inputs [N, P+S, D]: token embeddings, with picture features where a prompt slot has taps."""
+    dtype = jnp.dtype(compute.dtype)
+    x = qwen2.embed(params.decoder, batch.token, dtype)
+    rows = picture_features(params, config, batch.tiles, compute)
+    p = batch.tap_index.shape[1]
+
+    def tap(t: int) -> jax.Array:  # one at a time: four copies of the prompt would be the step's largest temporary
+        picked = jnp.take_along_axis(rows, batch.tap_index[:, :, t, None], axis=1)
+        return picked.astype(jnp.float32) * batch.tap_weight[:, :, t, None]
+
+    picture = (tap(0) + tap(1) + tap(2) + tap(3)).astype(dtype)
+    is_picture = jnp.any(batch.tap_weight != 0, axis=-1, keepdims=True)
+    prompt = jnp.where(is_picture, picture, x[:, :p])
+    return constrain(jnp.concatenate([prompt, x[:, p:]], axis=1), BATCH_AXES, None, None)
+
+
+def hidden_states(
+    params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
+) -> jax.Array:
+    """Final normalised hidden states [N, P+S, D]."""
+    x = embed(params, config, batch, compute)
+    rule = GroupRule(batch.position, batch.branch, batch.prompt_length, prompt=batch.tap_index.shape[1])
+    return qwen2.decode(
+        params.decoder,
+        config.decoder,
+        x,
+        rule,
+        backend=compute.attention,
+        platform=compute.platform,
+        rung=compute.remat,
+    )
+
+
+def response_logps(
+    params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
+) -> TokenLogps:
+    """Log-probability f32 [N, S] of every response token given prompt and its own branch; padding holds garbage.
+
+    Only response positions reach the unembedding: `predictor` gathers their hidden states first.
+    """
+    hidden = hidden_states(params, config, batch, compute)
+    p = batch.tap_index.shape[1]
+    picked = jnp.take_along_axis(hidden, batch.predictor[:, :, None], axis=1)
+    with jax.named_scope("token_logps"):
+        return token_logps(
+            picked,
+            qwen2.unembedding(params.decoder, picked.dtype),
+            batch.token[:, p:],
+            chunk=compute.vocab_chunk,
+            shards=compute.vocab_shards,
+        )
+
+
+def branch_sums(values: jax.Array, batch: GroupBatch) -> jax.Array:
+    """Sums of values f32 [N, S] over each response: [B, K]. Rows of separate branches fold back into their group."""
+    p, (groups, k) = batch.tap_index.shape[1], batch.response_mask.shape
+    mine = batch.branch[:, None, p:] == jnp.arange(batch.branch_end.shape[1])[None, :, None]
+    return jnp.sum(jnp.where(mine, values[:, None, :], 0.0), axis=-1).reshape(groups, k)

@@ -1,0 +1,277 @@
+"""How a group becomes tokens, tiles and taps for LLaVA-OneVision. No jax, no torch; picklable for data workers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from etils import epath
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mmrlhf_jax.groups import Branch, Group, Lengths, Media, Rendered
+from mmrlhf_jax.models.llava_onevision.chat import Chat, Message
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
+from mmrlhf_jax.models.llava_onevision.layout import Taps, image_layout, image_taps, single_tile_taps, video_taps
+from mmrlhf_jax.models.llava_onevision.tiles import frame_tiles, image_tiles, single_tile
+
+RENDER_VERSION = 1  # raise it whenever the same group would render differently: stored log-probs then expire
+
+Decode = Callable[[bytes], np.ndarray]
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """Choices of rendering that are not the model's.
+
+    frames        frames taken from a video, evenly: linspace(0, n - 1, frames) cut to integers; all of a shorter one
+    two_newlines  one more newline between media and text, as MM-RLHF's released training (not its inference) writes
+    system        text of a system turn for prompts that bring none; None leaves it to the chat template
+    """
+
+    frames: int = 10
+    two_newlines: bool = False
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"frames is {self.frames}; a video needs at least one")
+
+
+@dataclass(frozen=True, eq=False)
+class LlavaOnevisionRenderer:
+    """Implements `groups.Renderer` for one model directory; `name` stands for it in messages.
+
+    One picture in a prompt is cut any-res; several are one tile each, as transformers does. Raises ValueError at
+    construction when tokenizer, chat template and config do not fit together.
+    """
+
+    config: LlavaOnevisionConfig
+    tokenizer: PreTrainedTokenizerBase
+    chat_template: str
+    options: RenderOptions = field(default_factory=RenderOptions)
+    name: str = "model"
+
+    def __post_init__(self) -> None:
+        ids = self._chat.special_tokens.values()
+        for kind, token in (("image", self.config.image_token), ("video", self.config.video_token)):
+            if token not in ids:
+                raise ValueError(f"{self.name}: the config's {kind} token {token} is no special token of the tokenizer")
+
+    @property
+    def tile_size(self) -> int:
+        return self.config.tower.image_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.config.tokens_per_tile
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over everything `render` reads besides the group."""
+        config = self.config
+        parts = {
+            "version": RENDER_VERSION,
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "special_tokens": self.tokenizer.special_tokens_map,  # chat templates may name them
+            "chat_template": self.chat_template,
+            "options": dataclasses.asdict(self.options),
+            "tile": [config.tower.image_size, config.tower.patch_size],
+            "pinpoints": config.pinpoints,
+            "max_tiles": config.max_tiles,
+            "pixel_mean": config.pixel_mean,  # the colour around one of several pictures
+            "media_tokens": [config.image_token, config.video_token],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def measure(self, group: Group) -> Lengths:
+        """Tiles and token counts from texts and picture sizes alone; equal to `render(...).lengths`.
+
+        Raises ValueError, naming the group's origin, for a group that cannot be rendered; one that is merely too long
+        for the decoder is measured.
+        """
+        tiles, prompt, _, _ = self._prompt(group)
+        return Lengths(tiles, len(prompt), tuple(len(ids) for ids in self._responses(group)))
+
+    def render(self, group: Group, decode: Decode) -> Rendered:
+        """A group as arrays; every token of a response is scored. `decode` turns encoded bytes into u8 RGB [H, W, 3].
+
+        Raises ValueError, naming the group's origin, when prompt and longest response exceed the decoder's positions
+        (nothing is ever cut), when media have not the sizes stated, and when the prompt does not end with a user turn.
+        """
+        _, prompt, tap_index, tap_weight = self._prompt(group)
+        responses = self._responses(group)
+        longest = max((len(ids) for ids in responses), default=0)
+        most = self.config.decoder.max_positions
+        if len(prompt) + longest > most:
+            raise ValueError(
+                f"{_where(group)}: {len(prompt)} prompt tokens and {longest} of the longest response exceed the "
+                f"model's {most} positions; use fewer frames or drop the group"
+            )
+        return Rendered(
+            tiles=self._tiles(group, decode),
+            prompt=prompt,
+            tap_index=tap_index,
+            tap_weight=tap_weight,
+            branches=tuple(Branch(ids, np.ones(len(ids), np.float32)) for ids in responses),
+        )
+
+    @cached_property
+    def _chat(self) -> Chat:
+        return Chat(self.tokenizer, self.chat_template, self.name)
+
+    def _responses(self, group: Group) -> list[np.ndarray]:
+        try:
+            ids = {text: self._chat.response(text) for text in {response.text for response in group.responses}}
+        except ValueError as error:
+            raise ValueError(f"{_where(group)}: {error}") from error
+        return [ids[response.text] for response in group.responses]
+
+    def _prompt(self, group: Group) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """Tiles, token i32 [P], tap index i32 [P, 4] and weight f32 [P, 4]."""
+        tiles, taps = self._taps(group)
+        try:
+            ids = self._chat.prompt(self._messages(group))
+        except ValueError as error:
+            raise ValueError(f"{_where(group)}: {error}") from error
+        places = np.flatnonzero((ids == self.config.image_token) | (ids == self.config.video_token))
+        spans = self._in_template_order(group, ids[places], taps)
+        repeats = np.ones(len(ids), np.int64)
+        repeats[places] = [len(index) for index, _ in spans]
+        prompt = np.repeat(ids, repeats)
+        tap_index, tap_weight = np.zeros((len(prompt), 4), np.int32), np.zeros((len(prompt), 4), np.float32)
+        starts = np.cumsum(repeats) - repeats
+        for start, (index, weight) in zip(starts[places], spans, strict=True):
+            tap_index[start : start + len(index)] = index
+            tap_weight[start : start + len(index)] = weight
+        return tiles, prompt, tap_index, tap_weight
+
+    def _messages(self, group: Group) -> list[Message]:
+        """The prompt in Hugging Face's format; the media stand before the text of the first user turn."""
+        if not group.prompt or group.prompt[-1].role != "user":
+            raise ValueError("the prompt does not end with a user turn")
+        messages = [{"role": t.role, "content": [{"type": "text", "text": t.text}]} for t in group.prompt]
+        if group.media:
+            first: Message = next(message for message in messages if message["role"] == "user")
+            text = "\n" * self.options.two_newlines + first["content"][0]["text"]
+            first["content"] = [*({"type": media.kind} for media in group.media), {"type": "text", "text": text}]
+        if self.options.system is not None and group.prompt[0].role != "system":
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.options.system}]})
+        return messages
+
+    def _taps(self, group: Group) -> tuple[int, list[Taps]]:
+        """Number of tiles of the group, and the taps of each of its media; tiles follow the order of the media."""
+        tiles, taps = 0, []
+        for media in group.media:
+            if media.kind not in ("image", "video"):
+                raise ValueError(f"{_where(group)}: {media.path}: {media.kind!r} is neither image nor video")
+            if not media.sizes or (media.kind == "image" and len(media.sizes) != 1):
+                raise ValueError(f"{_where(group)}: {media.path}: {media.kind} with {len(media.sizes)} sizes")
+            if media.kind == "video":
+                frames = len(_sampled(len(media.sizes), self.options.frames))
+                taps.append(video_taps(frames, tiles, self.config))
+                tiles += frames
+            elif _several_images(group):
+                taps.append(single_tile_taps(tiles, self.config))
+                tiles += 1
+            else:
+                layout = image_layout(*media.sizes[0], self.config)
+                taps.append(image_taps(layout, tiles, self.config))
+                tiles += layout.tiles
+        return tiles, taps
+
+    def _in_template_order(self, group: Group, placeholders: np.ndarray, taps: list[Taps]) -> list[Taps]:
+        """The taps in the order of the placeholders: templates may write all pictures before all videos."""
+        tokens = {"image": self.config.image_token, "video": self.config.video_token}
+        queues = {
+            tokens[kind]: [tap for media, tap in zip(group.media, taps, strict=True) if media.kind == kind]
+            for kind in tokens
+        }
+        for kind, token in tokens.items():
+            if (written := int((placeholders == token).sum())) != len(queues[token]):
+                raise ValueError(
+                    f"{_where(group)}: the chat template of {self.name} writes {written} {kind} placeholders for "
+                    f"{len(queues[token])}"
+                )
+        return [queues[token].pop(0) for token in placeholders.tolist()]
+
+    def _tiles(self, group: Group, decode: Decode) -> np.ndarray:
+        side = self.config.tower.image_size
+        tiles = [np.zeros((0, side, side, 3), np.uint8)]
+        for media in group.media:
+            if len(media.encoded) != len(media.sizes):
+                raise ValueError(
+                    f"{_where(group)}: {media.path}: {len(media.encoded)} encoded pictures for {len(media.sizes)} sizes"
+                )
+            if media.kind == "video":
+                chosen = _sampled(len(media.sizes), self.options.frames)
+                tiles.append(frame_tiles([_decoded(group, media, i, decode) for i in chosen], self.config))
+            elif _several_images(group):
+                tiles.append(single_tile(_decoded(group, media, 0, decode), self.config))
+            else:
+                layout = image_layout(*media.sizes[0], self.config)
+                tiles.append(image_tiles(_decoded(group, media, 0, decode), layout, self.config))
+        return np.concatenate(tiles)
+
+
+def load_renderer(directory: str, options: RenderOptions | None = None) -> LlavaOnevisionRenderer:
+    """The renderer of a Hugging Face directory in the llava-hf layout, local or remote (gs://); nothing is downloaded.
+
+    The chat template is the processor's (chat_template.jinja, chat_template.json), else the tokenizer's: a tokenizer
+    taken from the language model often brings a template that knows no pictures. Raises ValueError without any.
+    """
+    config = read_config(directory)
+    tokenizer = _load_tokenizer(directory)
+    template = _chat_template(epath.Path(directory)) or tokenizer.chat_template
+    if not isinstance(template, str):
+        raise ValueError(f"{directory}: no single chat template; put the model's into {directory}/chat_template.jinja")
+    return LlavaOnevisionRenderer(config, tokenizer, template, options or RenderOptions(), name=directory)
+
+
+def _load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
+    if "://" not in directory:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    with tempfile.TemporaryDirectory() as local:  # transformers reads local files only
+        for file in epath.Path(directory).iterdir():
+            if file.suffix in (".json", ".txt", ".jinja"):
+                file.copy(epath.Path(local) / file.name)
+        return AutoTokenizer.from_pretrained(local, local_files_only=True)
+
+
+def _chat_template(directory: epath.Path) -> str | None:
+    if (jinja := directory / "chat_template.jinja").exists():
+        return jinja.read_text()
+    if (legacy := directory / "chat_template.json").exists():
+        return json.loads(legacy.read_text())["chat_template"]
+    return None
+
+
+def _where(group: Group) -> str:
+    return ", ".join(map(str, group.origins)) or f"group {group.id}"
+
+
+def _several_images(group: Group) -> bool:
+    return sum(media.kind == "image" for media in group.media) > 1
+
+
+def _sampled(count: int, frames: int) -> list[int]:
+    """Which frames of a video are seen: evenly spaced, first and last included."""
+    if count <= frames:
+        return list(range(count))
+    return np.linspace(0, count - 1, frames).astype(int).tolist()
+
+
+def _decoded(group: Group, media: Media, number: int, decode: Decode) -> np.ndarray:
+    image = decode(media.encoded[number])
+    width, height = media.sizes[number]
+    if image.shape != (height, width, 3) or image.dtype != np.uint8:
+        raise ValueError(
+            f"{_where(group)}: {media.path}: decoded to {image.dtype} {image.shape}, its size says "
+            f"{width} x {height} pixels; prepare the dataset again"
+        )
+    return image

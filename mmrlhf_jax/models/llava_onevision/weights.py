@@ -1,0 +1,135 @@
+"""LLaVA-OneVision checkpoints in and out, in the layout of llava-hf on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmrlhf_jax.models.key_table import (
+    DTYPES,
+    Key,
+    SafetensorsDirectory,
+    export_tensors,
+    load,
+    prefixed,
+    write_safetensors,
+)
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
+from mmrlhf_jax.models.llava_onevision.fresh import write_fresh_files
+from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision, declare
+from mmrlhf_jax.models.qwen2.weights import KEYS as QWEN2_KEYS
+from mmrlhf_jax.models.siglip.weights import KEYS as SIGLIP_KEYS
+from mmrlhf_jax.nn import params as nn_params
+from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
+
+KEYS = [
+    *prefixed(SIGLIP_KEYS, ours="tower.", theirs="vision_tower.vision_model."),
+    Key("projector.in_kernel", "multi_modal_projector.linear_1.weight", "e d -> d e"),
+    Key("projector.in_bias", "multi_modal_projector.linear_1.bias"),
+    Key("projector.out_kernel", "multi_modal_projector.linear_2.weight", "e d -> d e"),
+    Key("projector.out_bias", "multi_modal_projector.linear_2.bias"),
+    Key("newline", "image_newline"),
+    *prefixed(QWEN2_KEYS, ours="decoder.", theirs="language_model."),
+]
+
+EMBEDDING, UNEMBEDDING = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+TOWER = "vision_tower."
+
+# what makes a directory usable beside its weights; copied from the model a run started from
+ASSETS = (
+    "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
+    "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
+def canonical(name: str) -> str:
+    """The hub's spelling: transformers 5 also writes the tower without its `.vision_model`."""
+    if name.startswith(TOWER) and not name.startswith(f"{TOWER}vision_model."):
+        return f"{TOWER}vision_model.{name.removeprefix(TOWER)}"
+    return name
+
+
+def resolve(model: str) -> Path:
+    """A local directory, or the local copy of a hub id, which is downloaded only because the user named it."""
+    if os.path.isdir(model):
+        return Path(model)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise FileNotFoundError(f"{model}: no such directory (and not a hub id of the form owner/name)")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.safetensors.index.json", *ASSETS]))
+
+
+def load_params(
+    directory: str | Path, declared: LlavaOnevision, config: LlavaOnevisionConfig, mesh: Mesh, rules: ShardingRules
+) -> LlavaOnevision:
+    """Weights of a llava-hf directory, straight into their shards. Raises ValueError listing all that does not fit."""
+    source = SafetensorsDirectory(directory, canonical)
+    tied = config.decoder.tied
+    if tied and UNEMBEDDING in source.where and not np.array_equal(source.read(EMBEDDING), source.read(UNEMBEDDING)):
+        raise ValueError(f"{directory}: config.json ties the embeddings, yet {UNEMBEDDING} differs from {EMBEDDING}")
+    return load(source, declared, KEYS, mesh, rules, ignored=lambda name: tied and name == UNEMBEDDING)
+
+
+def save_directory(params: LlavaOnevision, assets: str | Path, output: str | Path, dtype: str = "float32") -> None:
+    """A complete Hugging Face directory: weights in the hub's spelling beside the assets of the model they came from.
+
+    `output` appears only when whole. Raises FileExistsError when it is already there.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} exists already; name another --output or remove it")
+    partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    copy_assets(assets, partial)
+    raw: dict[str, Any] = json.loads((partial / "config.json").read_text())
+    raw.pop("torch_dtype", None)
+    raw["dtype"] = dtype
+    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    write_safetensors(export_tensors(params, KEYS, dtype), partial)
+    partial.rename(output)
+
+
+def copy_assets(source: str | Path, target: str | Path) -> None:
+    """Copies tokenizer, templates, processor and configs; raises FileNotFoundError when there is no config.json."""
+    source, target = Path(source), Path(target)
+    if not (source / "config.json").exists():
+        raise FileNotFoundError(f"{source}: no config.json there; this is not a Hugging Face model directory")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ASSETS:
+        if (source / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+def new_directory(
+    output: str | Path,
+    config: LlavaOnevisionConfig,
+    *,
+    texts: Iterable[str] = (),
+    vocab: int | None = None,
+    seed: int = 0,
+) -> LlavaOnevisionConfig:
+    """A model made from nothing: random weights, a byte-level tokenizer trained on `texts`, all files transformers
+    wants.
+
+    Returns the configuration as written, with the tokenizer's vocabulary. Raises FileExistsError like `save_directory`.
+    """
+    with tempfile.TemporaryDirectory() as assets:
+        config = write_fresh_files(assets, config, texts=texts, vocab=vocab)
+        mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+        params = nn_params.initialise(declare(config), jax.random.key(seed), mesh, ShardingRules())
+        save_directory(params, assets, output, "float32")
+    return config

@@ -1,0 +1,150 @@
+"""Attention over a group: the prompt is seen by everyone, a response only by itself.
+
+The rule is structured, never a dense mask: tokens are laid out prompt first, branches end to end behind it, so that a
+query sees no key to its right, and of those to its left the ones with `branch == -1` (prompt) or its own branch.
+Backends differ in how the prompt attends to itself, where nearly all the work is; responses attend exactly, in blocks
+of queries.
+
+A backend asked for by name that cannot serve raises: a silent fallback costs pods.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import PartitionSpec as P
+
+from mmrlhf_jax.nn.sharding import BATCH_AXES
+
+Backend = Literal["auto", "xla", "cudnn", "splash"]
+QUERY_BLOCK = 512  # queries whose scores exist at once, at least
+MOST_BLOCKS = 8  # of a row: each is compiled, so long rows take longer blocks
+SPLASH_BLOCK = 128
+_ORDER: dict[str, tuple[Backend, ...]] = {"gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}
+_MASKED = -1e30  # finite: a padded query must not become NaN
+
+
+@struct.dataclass
+class GroupRule:
+    """Who may look at whom. `position`, `branch` i32 [B, P+S]; branch -1 = prompt, k = response k, K = padding.
+    `prompt_length` i32 [B]; `prompt` = P, static."""
+
+    position: jax.Array
+    branch: jax.Array
+    prompt_length: jax.Array
+    prompt: int = struct.field(pytree_node=False)
+
+
+def backend_problem(backend: Backend, platform: str, prompt: int, head_dim: int) -> str | None:
+    """Why `backend` cannot serve prompts of `prompt` slots on `platform` ("cpu", "gpu", "tpu"); None if it can."""
+    if backend == "cudnn":
+        if platform != "gpu":
+            return f"cudnn attention needs a GPU, this is {platform}"
+        if head_dim % 8 or head_dim > 128:
+            return f"cudnn attention serves head sizes that are multiples of 8 up to 128, not {head_dim}"
+    if backend == "splash":
+        if platform != "tpu":
+            return f"splash attention needs a TPU, this is {platform}"
+        if prompt % SPLASH_BLOCK:
+            return f"splash attention needs prompt buckets that are multiples of {SPLASH_BLOCK}, not {prompt}"
+    return None
+
+
+def choose_backend(asked: Backend, platform: str, prompt: int, head_dim: int) -> Backend:
+    """The backend that runs: the one asked for, or for "auto" the first that serves of the platform's list.
+
+    Raises ValueError naming the reason when a backend asked for by name cannot serve.
+    """
+    if asked != "auto":
+        if problem := backend_problem(asked, platform, prompt, head_dim):
+            raise ValueError(f"attention backend {asked!r}: {problem}; ask for 'auto' or 'xla'")
+        return asked
+    return next(b for b in _ORDER.get(platform, ("xla",)) if backend_problem(b, platform, prompt, head_dim) is None)
+
+
+def group_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, rule: GroupRule, *, backend: Backend, platform: str
+) -> jax.Array:
+    """q [B, P+S, N, H]; k, v [B, P+S, G, H] with N a multiple of G -> [B, P+S, N, H].
+
+    Rows of padding hold finite garbage. Softmax in fp32.
+    """
+    p = rule.prompt
+    backend = choose_backend(backend, platform, p, q.shape[-1])
+    if backend == "xla":
+        return _blocked(q, k, v, rule, 0)
+    if backend == "cudnn":
+        prompt = _prompt_cudnn(q[:, :p], k[:, :p], v[:, :p], rule.prompt_length)
+    else:
+        prompt = _prompt_splash(q[:, :p], k[:, :p], v[:, :p])
+    return jnp.concatenate([prompt, _blocked(q, k, v, rule, p)], axis=1)
+
+
+def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, rule: GroupRule, first: int) -> jax.Array:
+    """Exact attention of the queries from `first` on, a block at a time; keys right of a block are never touched."""
+    total = q.shape[1]
+    # the prompt's last block ends at P, so that one block's keys are either all prompt or all of its prefix
+    edges = sorted(
+        {*range(first, rule.prompt, QUERY_BLOCK), *range(max(first, rule.prompt), total, QUERY_BLOCK), total}
+    )
+    out = []
+    for start, end in itertools.pairwise(edges):
+        block: Callable[..., jax.Array] = functools.partial(_one_block, prompt_only=end <= rule.prompt)
+        if len(edges) > 3:  # otherwise the backward pass would keep every block's scores
+            block = jax.checkpoint(block)
+        where = (rule.position[:, start:end], rule.branch[:, start:end], rule.position[:, :end], rule.branch[:, :end])
+        out.append(block(q[:, start:end], k[:, :end], v[:, :end], *where))
+    return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
+
+
+def _one_block(q, k, v, q_position, q_branch, k_position, k_branch, *, prompt_only: bool):
+    batch, queries, heads, dim = q.shape
+    groups = k.shape[2]
+    q = (q * dim**-0.5).reshape(batch, queries, groups, heads // groups, dim)
+    scores = jnp.einsum("btgnh,bsgh->bgnts", q, k, preferred_element_type=jnp.float32)
+    seen = k_position[:, None, :] <= q_position[:, :, None]
+    if not prompt_only:
+        seen &= (k_branch[:, None, :] == -1) | (k_branch[:, None, :] == q_branch[:, :, None])
+    scores = jnp.where(seen[:, None, None], scores, _MASKED)
+    weight = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bgnts,bsgh->btgnh", weight, v).reshape(batch, queries, heads, dim)
+
+
+def _prompt_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> jax.Array:
+    """cuDNN's flash attention, causal, keys bounded by each row's length: no score matrix in memory."""
+    length = jnp.maximum(length, 1)  # an empty group still needs one key
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, query_seq_lengths=length, key_value_seq_lengths=length, implementation="cudnn"
+    )
+
+
+def _prompt_splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Splash attention (jax.experimental.pallas.ops.tpu), causal, grouped queries. Padding stands behind every real
+    prompt token, so the causal rule alone keeps it out of sight."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length = q.shape[1]
+    block = max(b for b in (SPLASH_BLOCK, 256, 512) if length % b == 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:  # what one device holds
+        mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(q.shape[2])])
+        kernel = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
+        heads_first = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        return jnp.swapaxes(jax.vmap(kernel)(*heads_first), 1, 2)
+
+    if jax.sharding.get_abstract_mesh().empty:
+        return attend(q, k, v)
+    # the partitioner cannot look into a kernel: each device runs it on its rows and heads
+    spec = P(BATCH_AXES, None, "tensor", None)
+    return jax.shard_map(attend, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)

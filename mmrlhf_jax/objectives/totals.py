@@ -1,0 +1,46 @@
+"""What every loss is divided by: the totals of the whole optimizer step."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+@flax.struct.dataclass
+class StepTotals:
+    """Totals of the WHOLE optimizer step, the same on every device and in every micro-batch of the step.
+
+    Losses and metrics are sums over a micro-batch divided by these, so those of the micro-batches ADD UP to the
+    step's and no split of the step can change it. A total an objective divides by must be positive: a step in which
+    nothing is scored has no loss, and comes out as NaN rather than as a quiet zero.
+    """
+
+    pair_weight: jax.Array  # f32 [], sum of pair_weight
+    chosen_tokens: jax.Array  # f32 [], sum over responses of wins * scored tokens
+    tokens: jax.Array  # f32 [], sum of loss_weight
+    groups: jax.Array  # f32 [], groups with a scored token
+
+
+def wins(pair_weight: jax.Array) -> jax.Array:
+    """Weight with which each response is the chosen one: [B, K, K] -> [B, K]."""
+    return pair_weight.sum(axis=-1)
+
+
+def step_totals(pair_weight: ArrayLike, length: ArrayLike, loss_weight: ArrayLike) -> StepTotals:
+    """Totals of one micro-batch; `jax.tree.map(operator.add, ...)` over a step's micro-batches gives the step's.
+
+    Args:
+      pair_weight: f32 [B, K, K], [i, j] > 0 iff response i is preferred to j.
+      length: f32 [B, K], scored tokens of each response; any finite value where a response is padding.
+      loss_weight: f32 [B, S], weight of each response token; 0 = not scored.
+    """
+    pair_weight, length, loss_weight = jnp.asarray(pair_weight), jnp.asarray(length), jnp.asarray(loss_weight)
+    response_wins = wins(pair_weight)
+    return StepTotals(
+        pair_weight=pair_weight.sum(),
+        chosen_tokens=(response_wins * jnp.where(response_wins > 0, length, 0)).sum(),
+        tokens=loss_weight.sum(),
+        groups=(loss_weight != 0).any(axis=-1).sum().astype(loss_weight.dtype),
+    )

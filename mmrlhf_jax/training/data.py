@@ -1,0 +1,135 @@
+"""A recipe's data, ready to be walked: measured, selected, bucketed, planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from mmrlhf_jax.data.annotations import AnnotationStore, find
+from mmrlhf_jax.data.buckets import BucketPlan, plan_buckets
+from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax.data.pipeline import Items, Loader, Selection, measure, select
+from mmrlhf_jax.data.plan import StepPlan, plan_steps
+from mmrlhf_jax.groups import Renderer
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
+from mmrlhf_jax.objectives import Supervised
+from mmrlhf_jax.training.recipe import DataConfig, Recipe
+
+REFERENCE = "reference"  # the kind of annotation that holds reference log-probs, under the name `logp`
+
+
+@dataclass(frozen=True)
+class RunData:
+    items: Items
+    buckets: BucketPlan
+    plan: StepPlan
+    loader: Loader
+
+
+def selection_of(recipe: Recipe) -> Selection:
+    supervised = isinstance(recipe.objective, Supervised)
+    return Selection(
+        preferences=not supervised,
+        pairing=recipe.data.pairing,
+        mean=recipe.data.mean,
+        kept=recipe.data.responses,
+        margins=recipe.objective.needs_margin,
+    )
+
+
+def plan_data(
+    recipe: Recipe,
+    dataset: PreparedDataset,
+    renderer: Renderer,
+    config: LlavaOnevisionConfig,
+    *,
+    shards: int,
+    reference: Mapping[int, np.ndarray] | None = None,
+) -> RunData:
+    """Measures every group and plans the whole run. Raises ValueError where the data cannot serve the objective."""
+    groups = list(dataset.groups())
+    selection = selection_of(recipe)
+    items = select(groups, measure(groups, renderer), selection)
+    buckets = bucket_items(items, recipe.data, config, shards=shards)
+    plan = plan_steps(
+        buckets,
+        items.weights,
+        groups_per_step=recipe.data.groups_per_step,
+        epochs=recipe.data.epochs,
+        max_steps=recipe.data.max_steps,
+        seed=recipe.seed,
+        whole_step=recipe.objective.needs_step_statistics,
+    )
+    loader = Loader(
+        dataset=dataset,
+        renderer=renderer,
+        items=items.items,
+        buckets=buckets.buckets,
+        selection=selection,
+        responses=items.responses,
+        reference=reference,
+        part=jax.process_index(),
+        parts=jax.process_count(),
+    )
+    return RunData(items, buckets, plan, loader)
+
+
+def bucket_items(items: Items, data: DataConfig, config: LlavaOnevisionConfig, *, shards: int) -> BucketPlan:
+    return plan_buckets(
+        items.lengths,
+        max_buckets=data.max_buckets,
+        multiple=data.multiple,
+        slots_per_shard=data.slots_per_device,
+        shards=shards,
+        groups_per_step=data.groups_per_step,
+        rows_per_group=2 if data.pairing == "pairs" else 1,
+        tile_cost=config.tile_cost,
+    )
+
+
+def describe(data: RunData) -> list[str]:
+    """Lines that tell a user what will run, before it does."""
+    items, plan = data.items, data.plan
+    lines = [
+        f"{len(items.items)} items, up to {items.responses} responses each, {items.weights.pairs.sum():g} pair weight; "
+        f"{items.skipped} groups without a preference skipped",
+        f"{plan.steps} steps in {len(plan.micro_batches)} micro-batches; {data.buckets.padding_share:.1%} of slots are "
+        f"padding, {plan.filler_share:.1%} of group places are filler",
+    ]
+    counts = np.bincount(data.buckets.assignment, minlength=len(data.buckets.buckets))
+    return lines + [
+        f"  bucket {i}: {bucket}, {n} items"
+        for i, (bucket, n) in enumerate(zip(data.buckets.buckets, counts, strict=True))
+    ]
+
+
+def reference_key(model_fingerprint: str, renderer: Renderer, dtype: str) -> dict[str, str]:
+    """Everything a stored log-prob depends on besides the group itself."""
+    return {"model": model_fingerprint, "renderer": renderer.fingerprint, "dtype": dtype}
+
+
+def stored_reference(
+    dataset: PreparedDataset, key: Mapping[str, str], items: Items, command: str
+) -> dict[int, np.ndarray]:
+    """Reference log-probs f32 [tokens of all responses] by row. Raises ValueError with the command that makes them."""
+    stores = find(dataset.path, REFERENCE)
+    if not any(dict(store.key) == dict(key) for store in stores):
+        found = "; ".join(
+            f"{s.directory.name} differs in {', '.join(k for k in key if s.key.get(k) != key[k])}" for s in stores
+        )
+        raise ValueError(
+            f"{dataset.path} has no reference log-probs of this model, rendering and dtype"
+            + (f" (there: {found})" if found else "")
+            + f". Make them: {command}"
+        )
+    stored = AnnotationStore.open(dataset.path, REFERENCE, key).read(dataset)
+    missing = sorted({item.row for item in items.items} - set(stored))
+    if missing:
+        raise ValueError(
+            f"{dataset.path}: {len(missing)} groups have no reference log-probs yet (row {missing[0]} first). "
+            f"Finish them: {command}"
+        )
+    return {row: arrays["logp"] for row, arrays in stored.items()}

@@ -1,0 +1,173 @@
+"""A recipe is one run: frozen dataclasses, filled in by a Python file under configs/, each field a command line
+flag."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmrlhf_jax.data.pipeline import Kept, Mean, Pairing
+from mmrlhf_jax.models.llava_onevision.render import RenderOptions
+from mmrlhf_jax.nn.attention import Backend
+from mmrlhf_jax.nn.remat import RematRung
+from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules
+from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, MMDPOReleasedFactor, Supervised
+
+Objective = Supervised | DPO | MMDPO | MMDPOReleasedFactor | MMDPOReleasedBatch
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    groups_per_step: int = 96
+    """groups an optimizer step sees; the paper's 384 pairs are about 80 to 104 groups. In pairs mode: pairs"""
+    epochs: float = 1.0
+    max_steps: int | None = None
+    """stop after this many steps, whatever the epochs say"""
+    pairing: Pairing = "groups"
+    """groups: one forward a group, all pairs; pairs: every pair as two full sequences, to compare with other
+    trainers"""
+    mean: Mean = "pairs"
+    """the loss is a mean over pairs, or over groups with each group's pairs sharing one weight"""
+    responses: Kept = "all"
+    """supervised fine-tuning only: train on all responses of a group, or on its best"""
+    max_buckets: int = 8
+    """distinct static shapes, each compiled once"""
+    multiple: int = 128
+    """prompt and response slots are multiples of this"""
+    slots_per_device: int = 8192
+    """tokens (tiles counted in tokens) a device forwards at once; more fits more groups, and more memory"""
+    workers: int = 0
+    """processes that decode and tokenize; 0 = threads of this one"""
+
+
+@dataclass(frozen=True)
+class PartRates:
+    """Learning-rate multipliers; 0 freezes a part, and a frozen part is kept in the compute dtype."""
+
+    decoder: float = 1.0
+    projector: float = 1.0
+    """the projector and the newline embedding"""
+    tower: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = 1e-6
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    """share of all steps over which the rate rises from 0"""
+    rates: PartRates = PartRates()
+    weight_decay: float = 0.0
+    """on kernels and embedding tables only, never on norms and biases"""
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    """global norm gradients are clipped to; inf = never"""
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """activations and matrix products; parameters that train are fp32 whatever this says"""
+    attention: Backend = "auto"
+    remat: RematRung = "full"
+    """what a layer keeps for its backward pass: full (nothing), attention, projections, none (everything)"""
+    vocab_chunk: int = 8192
+    """vocabulary rows whose logits exist at once"""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500
+    """steps between checkpoints; the last step always has one"""
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = False
+    """needs the `tensorboard` extra"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a run is. `launch/train.py RECIPE.py --field.subfield VALUE` changes any of it."""
+
+    objective: Objective = field(default_factory=MMDPO)
+    model: str = ""
+    """the starting point and the reference: a Hugging Face directory, a hub id, or a RUN"""
+    dataset: str = ""
+    """a directory made by launch/prepare.py"""
+    reference: Literal["stored", "online"] = "stored"
+    """stored: log-probs made by launch/annotate.py; online: a frozen copy of the starting model runs beside the
+    policy"""
+    render: RenderOptions = field(default_factory=RenderOptions)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    sharding: ShardingRules = field(default_factory=ShardingRules)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        supervised = isinstance(self.objective, Supervised)
+        if not supervised and self.data.responses != "all":
+            raise ValueError("data.responses = 'best' is for supervised fine-tuning; a preference needs both sides")
+        if supervised and self.data.pairing == "pairs":
+            raise ValueError("data.pairing = 'pairs' is for preference objectives; supervised fine-tuning has no pairs")
+        if supervised and self.reference == "online":
+            raise ValueError("reference = 'online' costs a second forward that supervised fine-tuning never reads")
+
+
+# what may differ between a run and its resumption: it changes how, not what
+FREE_ON_RESUME = ("mesh", "sharding", "checkpoint", "log", "compute.remat", "compute.attention", "data.workers")
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The `recipe` of a Python file under configs/. Raises ValueError when there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe")
+    spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{path}: a recipe file defines `recipe = Recipe(...)`; this one does not")
+    return recipe
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """{"optimizer.rates.tower": 0.0, ...}; the objective's class stands under "objective"."""
+    out: dict[str, Any] = {"objective": type(recipe.objective).__name__}
+
+    def walk(value: Any, name: str) -> None:
+        if dataclasses.is_dataclass(value):
+            for entry in dataclasses.fields(value):
+                walk(getattr(value, entry.name), f"{name}.{entry.name}" if name else entry.name)
+        else:
+            out[name] = list(value) if isinstance(value, tuple) else value
+
+    walk(recipe, "")
+    return out
+
+
+def save(recipe: Recipe, path: Path) -> None:
+    path.write_text(json.dumps(flatten(recipe), indent=2) + "\n")
+
+
+def differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Lines that say what a resumed run may not change, empty when it may go on."""
+    now = json.loads(json.dumps(flatten(recipe)))
+    names = [n for n in sorted({*saved, *now}) if not any(n == f or n.startswith(f + ".") for f in FREE_ON_RESUME)]
+    return [f"{n}: was {saved.get(n)!r}, now {now.get(n)!r}" for n in names if saved.get(n) != now.get(n)]

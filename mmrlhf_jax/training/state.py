@@ -1,0 +1,97 @@
+"""The state of a run and the optimizer that moves it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from mmrlhf_jax.nn.params import map_named
+from mmrlhf_jax.training.recipe import OptimizerConfig, PartRates
+
+Tree = TypeVar("Tree")
+
+
+@struct.dataclass
+class TrainState:
+    """`trainable` and `frozen` are the model's tree, each with None where the other has a leaf."""
+
+    step: jax.Array  # i32 [], optimizer steps done
+    trainable: Any
+    frozen: Any
+    optimizer: optax.OptState
+
+
+def rate_of(name: str, rates: PartRates) -> float:
+    """The learning-rate multiplier of the parameter called `name`."""
+    part = name.split(".")[0]
+    return getattr(rates, "projector" if part == "newline" else part)
+
+
+def with_dtypes(declared: Tree, rates: PartRates, compute_dtype: str) -> Tree:
+    """Declarations with what trains in fp32 (in bf16, steps of 1e-6 round away) and what is frozen in the compute
+    dtype."""
+    return map_named(
+        lambda name, p: dataclasses.replace(p, dtype=jnp.dtype("float32" if rate_of(name, rates) else compute_dtype)),
+        declared,
+    )
+
+
+def partition(params: Tree, trains: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """(trainable, frozen): the same tree twice, leaves moved apart by name."""
+    trainable = map_named(lambda name, leaf: leaf if trains(name) else None, params)
+    frozen = map_named(lambda name, leaf: None if trains(name) else leaf, params)
+    return trainable, frozen
+
+
+def combine(trainable: Tree, frozen: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: b if a is None else a, trainable, frozen, is_leaf=lambda leaf: leaf is None)
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Warm-up from 0 over `warmup` of the steps, then cosine or linear to 0 at the last, or constant."""
+    warm = round(config.warmup * steps)
+    rest = max(1, steps - warm)
+    after = {
+        "cosine": lambda: optax.cosine_decay_schedule(config.learning_rate, rest),
+        "linear": lambda: optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "constant": lambda: optax.constant_schedule(config.learning_rate),
+    }[config.schedule]()
+    if not warm:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warm), after], [warm])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW (arXiv 1711.05101) with global-norm clipping and a rate multiplier for each part of the model."""
+
+    def scaled(updates: Any, params: Any) -> Any:
+        del params
+        return map_named(lambda name, u: u * rate_of(name, config.rates), updates)
+
+    def matrices(params: Any) -> Any:
+        return map_named(lambda name, _: name.endswith(("kernel", "embedding")), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.first_moment)),
+        optax.add_decayed_weights(config.weight_decay, mask=matrices) if config.weight_decay else optax.identity(),
+        optax.stateless(scaled),
+        optax.scale_by_learning_rate(learning_rate(config, steps)),
+    )
+
+
+def state_shardings(optimizer: optax.GradientTransformation, trainable: Any, frozen: Any, whole: Any) -> TrainState:
+    """The shardings of a TrainState, moments lying where their parameters lie; `trainable` and `frozen` are trees of
+    ShapeDtypeStructs with shardings, `whole` the replicated sharding."""
+    moments = jax.eval_shape(optimizer.init, trainable)
+    place = lambda leaf: leaf.sharding  # noqa: E731
+    placed = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, like: like.sharding, moments, trainable, transform_non_params=lambda _: whole
+    )
+    return TrainState(whole, jax.tree.map(place, trainable), jax.tree.map(place, frozen), placed)

@@ -1,0 +1,143 @@
+"""One optimizer step as two compiled functions: `accumulate` a micro-batch's gradients, `apply` their sum.
+
+Losses are sums divided by the totals of the whole step, so adding gradients over micro-batches is exact however a step
+was cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from mmrlhf_jax.batch import GroupBatch
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
+from mmrlhf_jax.models.llava_onevision.model import Compute, branch_sums, response_logps
+from mmrlhf_jax.objectives import PreferenceInputs, StepTotals, Supervised, SupervisedInputs
+from mmrlhf_jax.training.recipe import Objective
+from mmrlhf_jax.training.state import TrainState, combine
+
+
+@struct.dataclass
+class Sums:
+    """What adds up over a step: gradients of the trainable parameters, fp32, and metrics."""
+
+    gradients: Any
+    metrics: Any  # name -> f32 []
+
+
+class Seen(NamedTuple):
+    """Which groups a micro-batch held (i32 [B], -1 = filler) and whether their log-probs came out finite (bool [B])."""
+
+    row: jax.Array
+    finite: jax.Array
+
+
+Accumulate = Callable[..., tuple[Sums, Seen]]
+Apply = Callable[[TrainState, Sums], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def loss_and_metrics(
+    params: Any,
+    reference: Any,
+    batch: GroupBatch,
+    key: jax.Array,
+    *,
+    config: LlavaOnevisionConfig,
+    compute: Compute,
+    objective: Objective,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Seen]]:
+    """Loss f32 [] and metrics of one micro-batch; `reference` is a model tree, or None when the batch brings
+    log-probs."""
+    logp, entropy = response_logps(params, config, batch, compute)
+    scored = batch.loss_weight != 0
+    logp = jnp.where(scored, batch.loss_weight * logp, 0.0)  # padding may hold anything
+    totals = StepTotals(
+        pair_weight=batch.total_pairs,
+        chosen_tokens=batch.total_chosen_tokens,
+        tokens=batch.total_tokens,
+        groups=batch.total_groups,
+    )
+    summed = branch_sums(logp, batch)
+    if isinstance(objective, Supervised):
+        unweighted = jnp.where(scored, logp / jnp.where(scored, batch.loss_weight, 1.0), 0.0)
+        loss, metrics = objective(SupervisedInputs(unweighted, batch.loss_weight, totals))
+    else:
+        reference_logp = batch.reference_logp
+        if reference is not None:
+            reference_logp = jax.lax.stop_gradient(response_logps(reference, config, batch, compute).logp)
+        inputs = PreferenceInputs(
+            logp=summed,
+            reference_logp=branch_sums(jnp.where(scored, batch.loss_weight * reference_logp, 0.0), batch),
+            length=branch_sums(batch.loss_weight, batch),
+            pair_weight=batch.pair_weight,
+            pair_margin=batch.pair_margin,
+            totals=totals,
+            key=key,
+        )
+        loss, metrics = objective(inputs)
+    metrics = {"loss": loss, **metrics, "entropy": jnp.sum(jnp.where(scored, entropy, 0.0)) / batch.total_tokens}
+    return loss, (metrics, Seen(batch.row, jnp.all(jnp.isfinite(summed), axis=-1)))
+
+
+def make_accumulate(
+    config: LlavaOnevisionConfig, compute: Compute, objective: Objective, *, sums_sharding: Any
+) -> Accumulate:
+    """(trainable, frozen, reference, sums, batch, key) -> (sums, seen); `sums` is donated."""
+
+    def accumulate(trainable, frozen, reference, sums, batch, key):
+        def loss(trainable):
+            return loss_and_metrics(
+                combine(trainable, frozen), reference, batch, key, config=config, compute=compute, objective=objective
+            )
+
+        gradients, (metrics, seen) = jax.grad(loss, has_aux=True)(trainable)
+        return jax.tree.map(jnp.add, sums, Sums(gradients, metrics)), seen
+
+    return jax.jit(accumulate, donate_argnums=3, out_shardings=(sums_sharding, None))
+
+
+def metric_names(objective: Objective) -> tuple[str, ...]:
+    """The metrics `accumulate` sums for this objective, found without computing anything."""
+
+    def metrics() -> dict[str, jax.Array]:
+        one, row, pair = jnp.ones(()), jnp.ones((1, 2)), jnp.ones((1, 2, 2))
+        totals = StepTotals(one, one, one, one)
+        if isinstance(objective, Supervised):
+            return objective(SupervisedInputs(row, row, totals))[1]
+        return objective(PreferenceInputs(row, row, row, pair, pair, totals, jax.random.key(0)))[1]
+
+    return ("loss", *jax.eval_shape(metrics), "entropy")
+
+
+def make_zero_sums(trainable: Any, metric_names: tuple[str, ...], *, sums_sharding: Any) -> Callable[[], Sums]:
+    """What a step starts from, born in its shards."""
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), trainable)
+
+    def zeros() -> Sums:
+        return Sums(
+            jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
+            {name: jnp.zeros((), jnp.float32) for name in metric_names},
+        )
+
+    return jax.jit(zeros, out_shardings=sums_sharding)
+
+
+def make_apply(optimizer: optax.GradientTransformation, *, state_sharding: Any) -> Apply:
+    """(state, sums) -> (state, metrics of the step); `state` is donated."""
+
+    def apply(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:
+        updates, moments = optimizer.update(sums.gradients, state.optimizer, state.trainable)
+        metrics = {
+            **sums.metrics,
+            "grad_norm": optax.global_norm(sums.gradients),
+            "update_norm": optax.global_norm(updates),
+        }
+        trainable = optax.apply_updates(state.trainable, updates)
+        return TrainState(state.step + 1, trainable, state.frozen, moments), metrics
+
+    return jax.jit(apply, donate_argnums=0, out_shardings=(state_sharding, None))

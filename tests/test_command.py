@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from mmrlhf_jax.command import CommandError, UsageError, one_line, run_command
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def main() -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (CommandError("no luck"), 1),
+        (CommandError("no luck", status=75), 75),
+        (UsageError("no luck"), 2),
+        (ValueError("no luck"), 1),
+        (FileNotFoundError("no luck"), 1),
+    ],
+)
+def test_a_failure_is_an_exit_code_and_one_line(
+    error: Exception, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        run_command(raising(error))
+    assert left.value.code == status
+    assert capsys.readouterr().err == "error: no luck\n"
+
+
+def test_the_keyboard_stops_with_130() -> None:
+    with pytest.raises(SystemExit) as left:
+        run_command(raising(KeyboardInterrupt()))
+    assert left.value.code == 130
+
+
+def test_success_returns_and_a_defect_keeps_its_traceback() -> None:
+    run_command(lambda: None)
+    with pytest.raises(KeyError):
+        run_command(raising(KeyError("defect")))
+
+
+def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MMRLHF_TRACEBACK", "1")
+    with pytest.raises(SystemExit):
+        run_command(raising(ValueError("no luck")))
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_text_from_data_cannot_steer_the_terminal() -> None:
+    assert one_line("a\r\nb\x1b[2J\u202ec\x07\ud800é") == "a b[2Jcé"
