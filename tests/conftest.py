@@ -12,3 +12,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # helpers such as tests/tiny.py
+
+import pytest  # after the environment is set
+
+
+@pytest.fixture(scope="session")
+def small_world(tmp_path_factory):
+    from small_world import make_small_world
+
+    return make_small_world(tmp_path_factory.mktemp("small-world"))

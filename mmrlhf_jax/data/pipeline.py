@@ -133,7 +133,7 @@ def check_margins(groups: Sequence[Group]) -> None:
     if bare:
         where = ", ".join(str(group.origins[0]) for group in bare[:3]) + (", ..." if len(bare) > 3 else "")
         raise MissingMargin(
-            f"{len(bare)} of {len(groups)} groups have a pair without a margin ({where}), and this objective needs one. "
+            f"{len(bare)} of {len(groups)} groups have a pair without a margin ({where}); this objective needs one. "
             "Prepare the data with --margin-column NAME, give every response a score, or train without margins"
         )
 

@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec as P
 from mmrlhf_jax.nn.sharding import BATCH_AXES
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
-QUERY_BLOCK = 512  # queries whose scores exist at once, at least
-MOST_BLOCKS = 8  # of a row: each is compiled, so long rows take longer blocks
+QUERY_BLOCK = 512  # queries whose scores exist at once
+TIERS = 4  # parts of a long prompt, each with the keys up to its own end: 1/8 more work than exact block skipping
 SPLASH_BLOCK = 128
 _ORDER: dict[str, tuple[Backend, ...]] = {"gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}
 _MASKED = -1e30  # finite: a padded query must not become NaN
@@ -87,20 +87,38 @@ def group_attention(
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, rule: GroupRule, first: int) -> jax.Array:
-    """Exact attention of the queries from `first` on, a block at a time; keys right of a block are never touched."""
+    """Exact attention of the queries from `first` on, a block at a time; keys right of a tier are never touched."""
     total = q.shape[1]
-    # the prompt's last block ends at P, so that one block's keys are either all prompt or all of its prefix
-    edges = sorted(
-        {*range(first, rule.prompt, QUERY_BLOCK), *range(max(first, rule.prompt), total, QUERY_BLOCK), total}
-    )
+    # one tier ends where the prompt does, so that a tier's queries are all prompt or all response
+    edges = [*_tiers(first, rule.prompt), *_tiers(max(first, rule.prompt), total), total]
     out = []
     for start, end in itertools.pairwise(edges):
-        block: Callable[..., jax.Array] = functools.partial(_one_block, prompt_only=end <= rule.prompt)
-        if len(edges) > 3:  # otherwise the backward pass would keep every block's scores
-            block = jax.checkpoint(block)
         where = (rule.position[:, start:end], rule.branch[:, start:end], rule.position[:, :end], rule.branch[:, :end])
-        out.append(block(q[:, start:end], k[:, :end], v[:, :end], *where))
+        only = functools.partial(_one_block, prompt_only=end <= rule.prompt)
+        out.append(_tier(only, q[:, start:end], k[:, :end], v[:, :end], *where))
     return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
+
+
+def _tiers(start: int, end: int) -> range:
+    """Where each tier of [start, end) begins."""
+    blocks = -(-(end - start) // QUERY_BLOCK)
+    return range(start, end, max(1, -(-blocks // TIERS)) * QUERY_BLOCK)
+
+
+def _tier(attend: Callable[..., jax.Array], q, k, v, q_position, q_branch, k_position, k_branch) -> jax.Array:
+    """Blocks one after the other in a loop: unrolled, a scheduler may hold the scores of all of them."""
+    queries = q.shape[1]
+    if queries <= QUERY_BLOCK:
+        return attend(q, k, v, q_position, q_branch, k_position, k_branch)
+    short = -queries % QUERY_BLOCK
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [blocks, B, QUERY_BLOCK, ...]
+        padded = jnp.pad(x, [(0, 0), (0, short)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(x.shape[0], -1, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+    block = jax.checkpoint(lambda part: attend(part[0], k, v, part[1], part[2], k_position, k_branch))
+    out = jax.lax.map(block, (cut(q), cut(q_position), cut(q_branch)))
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], queries + short, *q.shape[2:])[:, :queries]
 
 
 def _one_block(q, k, v, q_position, q_branch, k_position, k_branch, *, prompt_only: bool):

@@ -89,10 +89,11 @@ def online_reference(recipe: Recipe, mesh: Mesh) -> Any:
     return load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE, dtype=recipe.compute.dtype).params
 
 
-def compute_of(recipe: Recipe, mesh: Mesh) -> Compute:
+def compute_of(recipe: Recipe, mesh: Mesh, *, platform: str | None = None) -> Compute:
+    """How the recipe's forward runs on the mesh's devices, or on another `platform` it is only lowered for."""
     return Compute(
         dtype=recipe.compute.dtype,
-        platform=mesh.devices.flat[0].platform,
+        platform=platform or mesh.devices.flat[0].platform,
         attention=recipe.compute.attention,
         remat=recipe.compute.remat,
         vocab_chunk=recipe.compute.vocab_chunk,

@@ -1,0 +1,93 @@
+"""A recipe's step, compiled ahead of time from shapes alone: for tests, and for machines that are not here.
+
+Nothing is allocated: parameters, gradients and batches are ShapeDtypeStructs with shardings.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mmrlhf_jax.batch import Bucket, GroupBatch, Totals, pack
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
+from mmrlhf_jax.models.llava_onevision.model import declare
+from mmrlhf_jax.nn import params as nn_params
+from mmrlhf_jax.nn.sharding import batch_sharding, replicated
+from mmrlhf_jax.training.recipe import Recipe
+from mmrlhf_jax.training.setup import compute_of
+from mmrlhf_jax.training.state import TrainState, make_optimizer, partition, rate_of, state_shardings, with_dtypes
+from mmrlhf_jax.training.step import Sums, make_accumulate, make_apply, metric_names
+
+
+def abstract_batch(bucket: Bucket, responses: int, config: LlavaOnevisionConfig, mesh: Mesh) -> GroupBatch:
+    """The batch of a bucket as shapes with shardings."""
+    one = Bucket(1, bucket.tiles, bucket.prompt, bucket.response)
+    filler = pack(
+        [None],
+        one,
+        Totals(1, 1, 1, 1),
+        responses=responses,
+        tokens_per_tile=config.tokens_per_tile,
+        tile_size=config.tower.image_size,
+    )
+    split, whole = batch_sharding(mesh), replicated(mesh)
+
+    def abstract(x: Any) -> jax.ShapeDtypeStruct:
+        if not x.ndim:
+            return jax.ShapeDtypeStruct((), x.dtype, sharding=whole)
+        return jax.ShapeDtypeStruct((bucket.groups, *x.shape[1:]), x.dtype, sharding=split)
+
+    return jax.tree.map(abstract, filler)
+
+
+def lower_accumulate(
+    recipe: Recipe,
+    config: LlavaOnevisionConfig,
+    bucket: Bucket,
+    mesh: Mesh,
+    *,
+    responses: int = 4,
+    platform: str | None = None,
+) -> Any:
+    """`accumulate` of one bucket, traced and lowered (jax.stages.Lowered) for the mesh's devices, or for `platform`."""
+    compute = compute_of(recipe, mesh, platform=platform)
+    trainable, frozen = _abstract_params(recipe, config, mesh)
+    sums_sharding = Sums(jax.tree.map(lambda p: p.sharding, trainable), replicated(mesh))
+    sums = Sums(
+        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), trainable),
+        {
+            name: jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+            for name in metric_names(recipe.objective)
+        },
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = make_accumulate(config, compute, recipe.objective, sums_sharding=sums_sharding)
+    with jax.set_mesh(mesh):
+        traced = step.trace(trainable, frozen, None, sums, abstract_batch(bucket, responses, config, mesh), key)
+        return traced.lower(lowering_platforms=(platform,) if platform else None)
+
+
+def lower_apply(recipe: Recipe, config: LlavaOnevisionConfig, mesh: Mesh, *, steps: int = 1000) -> Any:
+    """`apply`, traced and lowered."""
+    trainable, frozen = _abstract_params(recipe, config, mesh)
+    optimizer = make_optimizer(recipe.optimizer, steps)
+    shardings = state_shardings(optimizer, trainable, frozen, replicated(mesh))
+    shapes = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32), trainable, frozen, jax.eval_shape(optimizer.init, trainable)
+    )
+    state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
+    sums = Sums(
+        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), trainable),
+        {name: jax.ShapeDtypeStruct((), jnp.float32) for name in metric_names(recipe.objective)},
+    )
+    with jax.set_mesh(mesh):
+        return make_apply(optimizer, state_sharding=shardings).trace(state, sums).lower()
+
+
+def _abstract_params(recipe: Recipe, config: LlavaOnevisionConfig, mesh: Mesh) -> tuple[Any, Any]:
+    declared = with_dtypes(declare(config), recipe.optimizer.rates, recipe.compute.dtype)
+    abstract = nn_params.abstract(declared, mesh, recipe.sharding)
+    return partition(abstract, lambda name: rate_of(name, recipe.optimizer.rates) > 0)

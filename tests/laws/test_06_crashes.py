@@ -1,0 +1,115 @@
+"""Law 6: SIGKILL at random moments and re-run == uninterrupted, bit for bit; on another device count to rounding."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from small_world import ROOT, command, environment, metrics, run
+
+from mmrlhf_jax.models.llava_onevision.config import read_config
+from mmrlhf_jax.models.llava_onevision.model import declare
+from mmrlhf_jax.nn import params as nn_params
+from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
+from mmrlhf_jax.training.run import Checkpoints
+
+pytestmark = pytest.mark.slow
+STEPS = 30
+TIMES = ("seconds", "per_second")
+
+
+def arguments(world, output):
+    return (
+        ROOT / "configs" / "tiny.py", "--model", world.model, "--dataset", world.dataset, "--output", output,
+        "--reference", "online", "--data.epochs", 100, "--data.max-steps", STEPS, "--data.groups-per-step", 4,
+        "--checkpoint.every", 3, "--optimizer.learning-rate", 1e-3, "--data.max-buckets", 2,
+    )  # fmt: skip
+
+
+def final_params(world, output):
+    checkpoints = Checkpoints(output / "checkpoints")
+    assert checkpoints.latest() == STEPS
+    mesh = make_mesh(MeshConfig())
+    abstract = nn_params.abstract(declare(read_config(world.model)), mesh, ShardingRules())
+    return {name: np.asarray(leaf) for name, leaf in nn_params.named_leaves(checkpoints.params(STEPS, abstract))}
+
+
+def without_times(record):
+    return {name: value for name, value in record.items() if not any(word in name for word in TIMES)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_world):
+    output = small_world.directory / "law-6-undisturbed"
+    began = time.monotonic()
+    run("train", *arguments(small_world, output))
+    return output, time.monotonic() - began
+
+
+def killed(world, output, after, devices=1):
+    """Starts the run and kills it `after` seconds; True if it was still running."""
+    process = subprocess.Popen(
+        command("train", *arguments(world, output)),
+        env=environment(devices), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return True
+    return False
+
+
+def test_five_random_kills_change_no_bit(small_world, undisturbed):
+    reference, seconds = undisturbed
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    output = small_world.directory / "law-6-killed"
+    kills = sum(killed(small_world, output, moments.uniform(0.3, 1.0) * seconds) for _ in range(5))
+    run("train", *arguments(small_world, output))
+    print(f"{kills} kills hit the running process")
+    expected, got = final_params(small_world, reference), final_params(small_world, output)
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=f"seed {seed}: {name}")
+    assert [without_times(r) for r in metrics(output)] == [without_times(r) for r in metrics(reference)]
+
+
+def test_every_group_is_seen_once_an_epoch(small_world, undisturbed):
+    steps_an_epoch = small_world.groups // 4
+    records = metrics(undisturbed[0])
+    for start in range(0, STEPS, steps_an_epoch):
+        rows = [row for record in records[start : start + steps_an_epoch] for row in record["rows"]]
+        assert sorted(rows) == list(range(small_world.groups))
+
+
+def test_a_run_goes_on_with_other_devices(small_world, undisturbed):
+    reference, seconds = undisturbed
+    output = small_world.directory / "law-6-moved"
+    assert killed(small_world, output, 0.8 * seconds)
+    run("train", *arguments(small_world, output), devices=4)
+    expected, got = final_params(small_world, reference), final_params(small_world, output)
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], atol=2e-4, err_msg=name)
+
+
+def test_sigterm_leaves_a_checkpoint_and_asks_to_be_run_again(small_world, undisturbed):
+    _, _seconds = undisturbed
+    output = small_world.directory / "law-6-terminated"
+    process = subprocess.Popen(
+        command("train", *arguments(small_world, output)), env=environment(1), stderr=subprocess.PIPE, text=True
+    )
+    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
+        time.sleep(0.1)
+        assert process.poll() is None
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75
+    assert "run the same command to go on" in errors
+    done = Checkpoints(output / "checkpoints").latest()
+    assert done
+    assert metrics(output)[-1]["step"] == done

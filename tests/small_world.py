@@ -1,0 +1,95 @@
+"""A small prepared dataset with pictures, a video and text, a tiny model, and the programs run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from data_samples import write_rows
+from PIL import Image
+from tiny import TINY
+
+from mmrlhf_jax.data.prepare import PrepareOptions, prepare
+from mmrlhf_jax.data.sources.rows import SourceOptions
+from mmrlhf_jax.models.llava_onevision.weights import new_directory
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ("red", "cat", "sits", "on", "two", "blue", "mats", "under", "a", "green", "lamp", "today")
+
+
+@dataclass(frozen=True)
+class SmallWorld:
+    directory: Path
+    dataset: str
+    model: str
+    groups: int
+
+
+def make_small_world(directory: Path, groups: int = 12) -> SmallWorld:
+    """Ranked groups of 2 to 4 responses with a margin column; every fourth group is text only, one is a video."""
+    rng = np.random.default_rng(0)
+    media = directory / "media"
+    rows = [row for i in range(groups) for row in _rows(i, rng, media)]
+    dataset, model = str(directory / "dataset"), str(directory / "model")
+    prepare(
+        PrepareOptions(
+            source="mm_rlhf",
+            inputs=(write_rows(directory / "pairs.jsonl", rows),),
+            output=dataset,
+            media=str(media),
+            source_options=SourceOptions(margin_column="margin"),
+        )
+    )
+    new_directory(model, TINY)
+    return SmallWorld(directory, dataset, model, groups)
+
+
+def _rows(i: int, rng: np.random.Generator, media: Path) -> list[dict]:
+    base: dict = {"id": f"q{i}", "prompt": f"What is in picture {i}?"}
+    if i == 1:
+        folder = media / "clip"
+        for frame in range(3):
+            _picture(rng, folder / f"{frame}.png", (60, 40))
+        base["video"] = "clip"
+    elif i % 4:
+        _picture(rng, media / f"{i}.png", tuple(int(x) for x in rng.integers(30, 130, 2)))
+        base["image"] = f"{i}.png"
+    answers = [" ".join(rng.choice(WORDS, rng.integers(2, 12))) + f" {k}." for k in range(2 + i % 3)]
+    return [
+        {**base, "chosen": answers[a], "rejected": answers[b], "margin": float(b - a)}
+        for a in range(len(answers))
+        for b in range(a + 1, len(answers))
+    ]
+
+
+def _picture(rng: np.random.Generator, path: Path, size: tuple[int, int]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)).save(path)
+
+
+def environment(devices: int) -> dict[str, str]:
+    """A process with this many virtual CPU devices."""
+    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+
+
+def command(program: str, *arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "launch" / f"{program}.py"), *map(str, arguments)]
+
+
+def run(program: str, *arguments: object, devices: int = 1) -> str:
+    """Runs a program of launch/ to its end; raises with its output when it fails."""
+    done = subprocess.run(
+        command(program, *arguments), env=environment(devices), capture_output=True, text=True, timeout=500
+    )
+    if done.returncode:
+        raise AssertionError(f"{program} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
+    return done.stdout
+
+
+def metrics(run_directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
