@@ -22,9 +22,9 @@ import jax
 import numpy as np
 import tyro
 
-from mmrlhf_jax.batch import Bucket, Entry, GroupBatch, Totals, pack
+from mmrlhf_jax.batch import Entry, GroupBatch, Totals, pack
 from mmrlhf_jax.command import CommandError, run_command
-from mmrlhf_jax.groups import NEWLINE, Branch, Rendered
+from mmrlhf_jax.groups import NEWLINE, Branch, Bucket, Rendered
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.models.qwen2.config import Qwen2Config

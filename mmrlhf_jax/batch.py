@@ -15,22 +15,9 @@ from typing import Any
 import numpy as np
 from flax import struct
 
-from mmrlhf_jax.groups import NEWLINE, Rendered
+from mmrlhf_jax.groups import NEWLINE, Bucket, Rendered
 
 EMPTY = -1  # in `GroupBatch.row`: a filler group
-
-
-@dataclass(frozen=True, order=True)
-class Bucket:
-    """A static shape: `groups` a micro-batch over all hosts; `tiles`, `prompt`, `response` slots of a row."""
-
-    groups: int
-    tiles: int
-    prompt: int
-    response: int
-
-    def __str__(self) -> str:
-        return f"{self.groups} x ({self.tiles} tiles, {self.prompt} + {self.response} tokens)"
 
 
 @struct.dataclass

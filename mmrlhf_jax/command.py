@@ -30,7 +30,7 @@ class UsageError(CommandError):
 def run_command(main: Callable[[], None]) -> None:
     """Run a program and leave the process with its exit code.
 
-    Errors of input (`CommandError`, `ValueError`, `OSError`) become one line on stderr. Anything else is a defect of
+    Errors of input (`CommandError`, `ValueError`, `OSError`) become one message on stderr. Anything else is a defect of
     ours and keeps its traceback; MMRLHF_TRACEBACK=1 shows it for all.
     """
     try:
@@ -41,8 +41,14 @@ def run_command(main: Callable[[], None]) -> None:
     except (CommandError, ValueError, OSError) as error:
         if os.environ.get("MMRLHF_TRACEBACK") == "1":
             traceback.print_exc()
-        print(f"error: {one_line(str(error) or type(error).__name__)}", file=sys.stderr)
+        print(f"error: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
         sys.exit(error.status if isinstance(error, CommandError) else 1)
+
+
+def printable(text: str) -> str:
+    """A message with its line breaks, each line fit for a terminal; lists of problems keep their indentation."""
+    lines = text.strip().split("\n")
+    return "\n".join(" " * (len(line) - len(line.lstrip(" "))) + one_line(line) for line in lines)
 
 
 def one_line(text: str) -> str:

@@ -151,6 +151,19 @@ class Rendered:
         return Lengths(len(self.tiles), len(self.prompt), tuple(len(branch.token) for branch in self.branches))
 
 
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A static shape: `groups` a micro-batch over all hosts; `tiles`, `prompt`, `response` slots of a row."""
+
+    groups: int
+    tiles: int
+    prompt: int
+    response: int
+
+    def __str__(self) -> str:
+        return f"{self.groups} x ({self.tiles} tiles, {self.prompt} + {self.response} tokens)"
+
+
 class Renderer(Protocol):
     """What the data pipeline asks of a model family: how a group becomes tokens and tiles."""
 

@@ -74,7 +74,8 @@ def _picture(rng: np.random.Generator, path: Path, size: tuple[int, int]) -> Non
 
 def environment(devices: int) -> dict[str, str]:
     """A process with this many virtual CPU devices."""
-    return {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
+    return {**os.environ, "XLA_FLAGS": " ".join([f"--xla_force_host_platform_device_count={devices}", *flags])}
 
 
 def command(program: str, *arguments: object) -> list[str]:

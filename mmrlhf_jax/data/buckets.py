@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmrlhf_jax.batch import Bucket
+from mmrlhf_jax.groups import Bucket
 
+MAX_BUCKETS = 8  # programs a run compiles, unless told otherwise
+MULTIPLE = 128  # of slots: what TPU lanes and flash kernels want
 _MOST_CELLS = 256  # distinct shapes the merging starts from
 
 

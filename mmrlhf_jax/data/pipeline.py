@@ -14,12 +14,12 @@ import grain
 import numpy as np
 from absl import flags
 
-from mmrlhf_jax.batch import EMPTY, Bucket, Entry, GroupBatch, Totals, pack
+from mmrlhf_jax.batch import EMPTY, Entry, GroupBatch, Totals, pack
 from mmrlhf_jax.data.buckets import ItemLengths
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.media import decode
 from mmrlhf_jax.data.plan import ItemWeights, MicroBatch, StepPlan
-from mmrlhf_jax.groups import Group, Lengths, Rendered, Renderer
+from mmrlhf_jax.groups import Bucket, Group, Lengths, Rendered, Renderer
 
 Pairing = Literal["groups", "pairs"]
 Mean = Literal["pairs", "groups"]

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmrlhf_jax.batch import EMPTY, Bucket, Totals
+from mmrlhf_jax.batch import EMPTY, Totals
 from mmrlhf_jax.data.buckets import BucketPlan
+from mmrlhf_jax.groups import Bucket
 
 
 @dataclass(frozen=True, slots=True)

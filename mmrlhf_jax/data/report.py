@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmrlhf_jax.command import one_line
+from mmrlhf_jax.data.buckets import MAX_BUCKETS, MULTIPLE, ItemLengths, plan_buckets
 from mmrlhf_jax.data.ranking import pairs_of
 from mmrlhf_jax.data.sources.rows import Rejected, Remark
 from mmrlhf_jax.groups import Group, Lengths, Origin
@@ -44,6 +45,7 @@ class Report:
     lengths             "prompt", "response", "tiles", "total" (prompt + longest response) -> Spread; of every group
                         measured, those over `max_tokens` included; empty without a model
     over_max_tokens     groups rejected for their length
+    buckets             lines on the static shapes that would hold them
     """
 
     fingerprint: str
@@ -63,6 +65,7 @@ class Report:
     lengths: dict[str, Spread]
     rejected: tuple[Rejected, ...]
     remarks: tuple[Remark, ...]
+    buckets: tuple[str, ...] = ()
     reused: bool = False
 
     @property
@@ -87,6 +90,7 @@ class Report:
         fields = json.loads(text)
         fields["responses"] = {int(k): n for k, n in fields["responses"].items()}
         fields["lengths"] = {name: Spread(**spread) for name, spread in fields["lengths"].items()}
+        fields["buckets"] = tuple(fields["buckets"])
         fields["remarks"] = tuple(Remark(**remark) for remark in fields["remarks"])
         return cls(**fields, rejected=tuple(rejected), reused=True)
 
@@ -105,6 +109,7 @@ class Report:
         lines += [
             f"{name:<10} min {s.min}, median {s.median}, p90 {s.p90}, max {s.max}" for name, s in self.lengths.items()
         ]
+        lines += [f"bucket     {bucket}" for bucket in self.buckets]
         if self.lengths:
             lines.append(f"too long   {self.over_max_tokens} groups over --max-tokens")
         lines += [f"note       {one_line(remark.text)} ({remark.rows} rows)" for remark in self.remarks]
@@ -147,6 +152,7 @@ def report_of(
         text_only=sum(not group.media for group in groups),
         over_max_tokens=over_max_tokens,
         lengths=_spreads(measured),
+        buckets=_buckets(measured),
         rejected=tuple(rejected),
         remarks=tuple(remarks),
     )
@@ -161,6 +167,27 @@ def _spreads(measured: Sequence[Lengths]) -> dict[str, Spread]:
         "total": Spread.of([lengths.prompt + max(lengths.responses) for lengths in measured]),
         "tiles": Spread.of([lengths.tiles for lengths in measured]),
     }
+
+
+def _buckets(measured: Sequence[Lengths]) -> tuple[str, ...]:
+    """The static shapes a run would compile for these groups, one group a row; a run plans its own."""
+    if not measured:
+        return ()
+    sizes = [(lengths.tiles, lengths.prompt, sum(lengths.responses)) for lengths in measured]
+    plan = plan_buckets(
+        ItemLengths(*np.array(sizes, np.int64).T),
+        max_buckets=MAX_BUCKETS,
+        multiple=MULTIPLE,
+        slots_per_shard=1,
+        shards=1,
+        groups_per_step=1,
+    )
+    counts = np.bincount(plan.assignment, minlength=len(plan.buckets))
+    described = [
+        f"{b.tiles} tiles, {b.prompt} prompt + {b.response} response slots: {n} groups"
+        for b, n in zip(plan.buckets, counts, strict=True)
+    ]
+    return (*described, f"{plan.padding_share:.1%} of their slots are padding")
 
 
 def rejected_to_json(rows: Sequence[Rejected]) -> str:

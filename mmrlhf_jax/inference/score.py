@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mmrlhf_jax.batch import EMPTY, GroupBatch
 from mmrlhf_jax.data.annotations import AnnotationStore
-from mmrlhf_jax.data.buckets import plan_buckets
+from mmrlhf_jax.data.buckets import MAX_BUCKETS, MULTIPLE, plan_buckets
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.pipeline import Items, Loader, Selection, measure, micro_batches, reading_plan, select
 from mmrlhf_jax.groups import Renderer
@@ -28,8 +28,8 @@ from mmrlhf_jax.training.runtime import to_devices
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    max_buckets: int = 8
-    multiple: int = 128
+    max_buckets: int = MAX_BUCKETS
+    multiple: int = MULTIPLE
     slots_per_device: int = 16384
     """tokens (tiles counted in tokens) a device forwards at once"""
     workers: int = 0

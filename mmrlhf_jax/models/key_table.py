@@ -176,7 +176,8 @@ def load(
 
 
 def export_tensors(params: Any, keys: Sequence[Key], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors one by one, fetched from the devices a layer at a time."""
+    """Their tensors one by one, fetched from the devices a layer at a time. Raises ValueError for one that overflows
+    `dtype` (fp16 ends at 65,504)."""
     leaves = dict(nn_params.named_leaves(params))
     for key in keys:
         if key.ours not in leaves:
@@ -184,6 +185,8 @@ def export_tensors(params: Any, keys: Sequence[Key], dtype: str) -> Iterator[tup
         leaf = leaves[key.ours]
         for layer in range(leaf.shape[0]) if "{layer}" in key.theirs else [None]:
             array = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
+            if (most := float(np.abs(array).max())) > float(ml_dtypes.finfo(DTYPES[dtype]).max):
+                raise ValueError(f"{key.name(layer)}: values up to {most:g} overflow {dtype}; export another dtype")
             yield key.name(layer), np.ascontiguousarray(key.export_array(array).astype(DTYPES[dtype]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +13,7 @@ from mmrlhf_jax.data.buckets import BucketPlan, plan_buckets
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.pipeline import Items, Loader, Selection, measure, select
 from mmrlhf_jax.data.plan import StepPlan, plan_steps
-from mmrlhf_jax.groups import Renderer
+from mmrlhf_jax.groups import Bucket, Renderer
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.objectives import Supervised
 from mmrlhf_jax.training.recipe import DataConfig, Recipe
@@ -90,8 +90,8 @@ def bucket_items(items: Items, data: DataConfig, config: LlavaOnevisionConfig, *
     )
 
 
-def describe(data: RunData) -> list[str]:
-    """Lines that tell a user what will run, before it does."""
+def describe(data: RunData, attention: Callable[[Bucket], str]) -> list[str]:
+    """Lines that tell a user what will run, before it does; `attention` names the backend that serves a bucket."""
     items, plan = data.items, data.plan
     lines = [
         f"{len(items.items)} items, up to {items.responses} responses each, {items.weights.pairs.sum():g} pair weight; "
@@ -101,7 +101,7 @@ def describe(data: RunData) -> list[str]:
     ]
     counts = np.bincount(data.buckets.assignment, minlength=len(data.buckets.buckets))
     return lines + [
-        f"  bucket {i}: {bucket}, {n} items"
+        f"  bucket {i}: {bucket}, {n} items, attention {attention(bucket)}"
         for i, (bucket, n) in enumerate(zip(data.buckets.buckets, counts, strict=True))
     ]
 

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmrlhf_jax.batch import Bucket, GroupBatch, Totals, pack
+from mmrlhf_jax.batch import GroupBatch, Totals, pack
+from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.nn import params as nn_params
@@ -75,8 +76,10 @@ def lower_apply(recipe: Recipe, config: LlavaOnevisionConfig, mesh: Mesh, *, ste
     trainable, frozen = _abstract_params(recipe, config, mesh)
     optimizer = make_optimizer(recipe.optimizer, steps)
     shardings = state_shardings(optimizer, trainable, frozen, replicated(mesh))
-    shapes = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), trainable, frozen, jax.eval_shape(optimizer.init, trainable)
+    shapes = jax.eval_shape(
+        lambda trainable, frozen: TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable)),
+        trainable,
+        frozen,
     )
     state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
     sums = Sums(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mmrlhf_jax.data.buckets import MAX_BUCKETS, MULTIPLE
 from mmrlhf_jax.data.pipeline import Kept, Mean, Pairing
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions
 from mmrlhf_jax.nn.attention import Backend
@@ -34,9 +35,9 @@ class DataConfig:
     """the loss is a mean over pairs, or over groups with each group's pairs sharing one weight"""
     responses: Kept = "all"
     """supervised fine-tuning only: train on all responses of a group, or on its best"""
-    max_buckets: int = 8
+    max_buckets: int = MAX_BUCKETS
     """distinct static shapes, each compiled once"""
-    multiple: int = 128
+    multiple: int = MULTIPLE
     """prompt and response slots are multiples of this"""
     slots_per_device: int = 8192
     """tokens (tiles counted in tokens) a device forwards at once; more fits more groups, and more memory"""

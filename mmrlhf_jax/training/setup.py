@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mmrlhf_jax.groups import Bucket
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.weights import copy_assets
+from mmrlhf_jax.nn.attention import choose_backend
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import replicated
 from mmrlhf_jax.training import recipe as recipes
@@ -99,3 +102,8 @@ def compute_of(recipe: Recipe, mesh: Mesh, *, platform: str | None = None) -> Co
         vocab_chunk=recipe.compute.vocab_chunk,
         vocab_shards=mesh.shape["tensor"],
     )
+
+
+def attention_of(compute: Compute, config: LlavaOnevisionConfig, bucket: Bucket) -> str:
+    """The backend that serves a bucket's prompts. Raises ValueError when the one asked for cannot."""
+    return choose_backend(compute.attention, compute.platform, bucket.prompt, config.decoder.head_dim)

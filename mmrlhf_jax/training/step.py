@@ -6,7 +6,6 @@ was cut.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,10 +34,6 @@ class Seen(NamedTuple):
 
     row: jax.Array
     finite: jax.Array
-
-
-Accumulate = Callable[..., tuple[Sums, Seen]]
-Apply = Callable[[TrainState, Sums], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def loss_and_metrics(
@@ -86,7 +81,7 @@ def loss_and_metrics(
 
 def make_accumulate(
     config: LlavaOnevisionConfig, compute: Compute, objective: Objective, *, sums_sharding: Any
-) -> Accumulate:
+) -> jax.stages.Wrapped:
     """(trainable, frozen, reference, sums, batch, key) -> (sums, seen); `sums` is donated."""
 
     def accumulate(trainable, frozen, reference, sums, batch, key):
@@ -114,7 +109,7 @@ def metric_names(objective: Objective) -> tuple[str, ...]:
     return ("loss", *jax.eval_shape(metrics), "entropy")
 
 
-def make_zero_sums(trainable: Any, metric_names: tuple[str, ...], *, sums_sharding: Any) -> Callable[[], Sums]:
+def make_zero_sums(trainable: Any, metric_names: tuple[str, ...], *, sums_sharding: Any) -> jax.stages.Wrapped:
     """What a step starts from, born in its shards."""
     shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), trainable)
 
@@ -127,7 +122,7 @@ def make_zero_sums(trainable: Any, metric_names: tuple[str, ...], *, sums_shardi
     return jax.jit(zeros, out_shardings=sums_sharding)
 
 
-def make_apply(optimizer: optax.GradientTransformation, *, state_sharding: Any) -> Apply:
+def make_apply(optimizer: optax.GradientTransformation, *, state_sharding: Any) -> jax.stages.Wrapped:
     """(state, sums) -> (state, metrics of the step); `state` is donated."""
 
     def apply(state: TrainState, sums: Sums) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -28,7 +28,15 @@ from mmrlhf_jax.training.metrics import Clock, MetricsLog
 from mmrlhf_jax.training.recipe import Recipe
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, load_model, model_fingerprint
 from mmrlhf_jax.training.runtime import set_up_jax, stop_signals, to_devices
-from mmrlhf_jax.training.setup import check_resumable, compute_of, first_state, online_reference, resume, start_run
+from mmrlhf_jax.training.setup import (
+    attention_of,
+    check_resumable,
+    compute_of,
+    first_state,
+    online_reference,
+    resume,
+    start_run,
+)
 from mmrlhf_jax.training.state import learning_rate, make_optimizer
 from mmrlhf_jax.training.step import Seen, Sums, make_accumulate, make_apply, make_zero_sums, metric_names
 
@@ -62,9 +70,10 @@ def train(recipe: Recipe, output: str | Path) -> None:
     renderer = load_renderer(str(start.assets), recipe.render)
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     data = plan_data(recipe, dataset, renderer, start.config, shards=shards)
-    print("\n".join(describe(data)), flush=True)
+    config, compute = start.config, compute_of(recipe, mesh)
+    print("\n".join(describe(data, lambda bucket: attention_of(compute, config, bucket))), flush=True)
     fingerprints = {
-        "model": model_fingerprint(start.config, start.params),
+        "model": model_fingerprint(config, start.params),
         "dataset": dataset.fingerprint,
         "renderer": renderer.fingerprint,
     }
@@ -83,9 +92,8 @@ def train(recipe: Recipe, output: str | Path) -> None:
     reference = online_reference(recipe, mesh)
 
     # --- the two compiled functions ----------------------------------------------------------------------------------
-    compute = compute_of(recipe, mesh)
     sums_sharding = Sums(shardings.trainable, replicated(mesh))
-    accumulate = make_accumulate(start.config, compute, recipe.objective, sums_sharding=sums_sharding)
+    accumulate = make_accumulate(config, compute, recipe.objective, sums_sharding=sums_sharding)
     apply = make_apply(make_optimizer(recipe.optimizer, data.plan.steps), state_sharding=shardings)
     zero_sums = make_zero_sums(state.trainable, metric_names(recipe.objective), sums_sharding=sums_sharding)
     del start

@@ -17,7 +17,8 @@ import pytest
 import random_groups
 from tiny import TINY, random_params
 
-from mmrlhf_jax.batch import Bucket, Entry, GroupBatch, pack
+from mmrlhf_jax.batch import Entry, GroupBatch, pack
+from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute, LlavaOnevision, response_logps
 from mmrlhf_jax.models.siglip import model as siglip
@@ -201,18 +202,19 @@ def assert_close_gradients(ours: LlavaOnevision, theirs: LlavaOnevision) -> None
         assert float(abs(ours[name] - wanted).max()) <= 1e-4 * largest, name
 
 
-HOW_IT_RUNS = [  # embeddings, remat rung, vocabulary chunk, its shards, least queries in a block
-    ("untied", "full", 8192, 1, 512),
-    ("untied", "attention", 64, 2, 16),
-    ("untied", "projections", 100, 1, 12),
-    ("tied", "none", 37, 4, 12),
-    ("tied", "full", 320, 1, 16),
+HOW_IT_RUNS = [  # embeddings, remat rung, vocabulary chunk, its shards, queries in a block, tiers
+    ("untied", "full", 8192, 1, 512, 4),
+    ("untied", "attention", 64, 2, 16, 4),
+    ("untied", "projections", 100, 1, 5, 4),
+    ("tied", "none", 37, 4, 8, 1),
+    ("tied", "full", 320, 1, 7, 2),
 ]
 
 
-@pytest.mark.parametrize(("tied", "rung", "chunk", "shards", "block"), HOW_IT_RUNS)
-def test_a_group_equals_its_responses_one_at_a_time(monkeypatch, tied, rung, chunk, shards, block):
+@pytest.mark.parametrize(("tied", "rung", "chunk", "shards", "block", "tiers"), HOW_IT_RUNS)
+def test_a_group_equals_its_responses_one_at_a_time(monkeypatch, tied, rung, chunk, shards, block, tiers):
     monkeypatch.setattr(attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(attention, "TIERS", tiers)
     compute = Compute(remat=rung, vocab_chunk=chunk, vocab_shards=shards)
     logps, loss, gradients = logps_and_gradients(tied, batch(separate=False), compute)
     wanted, each, theirs = restated(tied)
@@ -232,7 +234,7 @@ def test_a_group_equals_its_pairs_as_separate_rows():
 def test_the_groups_here_are_of_every_kind():
     assert sorted(len(lengths) for *_, lengths in GROUPS) == [1, 2, 3, 4, 5]
     assert {tiles > 0 for tiles, _, _ in GROUPS} == {True, False}
-    smallest = min(block for *_, block in HOW_IT_RUNS)
+    smallest = min(block for *_, block, _ in HOW_IT_RUNS)
     assert max(len(entry.rendered.prompt) for entry in entries()) > 2 * smallest
     assert max(max(lengths) for *_, lengths in GROUPS) > smallest
 

@@ -9,7 +9,7 @@ import pytest
 from small_world import ROOT, metrics, run
 from tiny import TINY
 
-from mmrlhf_jax.batch import Bucket
+from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from tiny import TINY
 
-from mmrlhf_jax.batch import Bucket
+from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.qwen2.config import Qwen2Config
 from mmrlhf_jax.nn.sharding import MESH_AXES, MeshConfig, make_mesh
 from mmrlhf_jax.objectives import MMDPO

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from tiny import TINY, write_tiny_directory
 
-from mmrlhf_jax.batch import EMPTY, Bucket, Entry, Totals, pack
+from mmrlhf_jax.batch import EMPTY, Entry, Totals, pack
 from mmrlhf_jax.data.buckets import ItemLengths, plan_buckets
 from mmrlhf_jax.data.media import decode
 from mmrlhf_jax.data.plan import deal
-from mmrlhf_jax.groups import Group, Media, Response, Turn
+from mmrlhf_jax.groups import Bucket, Group, Media, Response, Turn
 from mmrlhf_jax.models.llava_onevision.model import Compute, declare, response_logps
 from mmrlhf_jax.models.llava_onevision.render import load_renderer
 from mmrlhf_jax.nn import params as nn_params

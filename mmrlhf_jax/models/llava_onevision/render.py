@@ -27,16 +27,14 @@ Decode = Callable[[bytes], np.ndarray]
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """Choices of rendering that are not the model's.
-
-    frames        frames taken from a video, evenly: linspace(0, n - 1, frames) cut to integers; all of a shorter one
-    two_newlines  one more newline between media and text, as MM-RLHF's released training (not its inference) writes
-    system        text of a system turn for prompts that bring none; None leaves it to the chat template
-    """
+    """Choices of rendering that are not the model's."""
 
     frames: int = 10
+    """frames taken from a video, evenly: linspace(0, n - 1, frames) cut to integers; all of a shorter one"""
     two_newlines: bool = False
+    """one more newline between media and text, as MM-RLHF's released training (not its inference) writes"""
     system: str | None = None
+    """text of a system turn for prompts that bring none; None leaves it to the chat template"""
 
     def __post_init__(self) -> None:
         if self.frames < 1:

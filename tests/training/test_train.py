@@ -1,0 +1,139 @@
+"""What a user meets when training: refusals that name the cure, a NaN that names rows, worker processes, pairs mode."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from small_world import ROOT, metrics, run
+
+from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.pipeline import MissingMargin, check_margins
+from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, Supervised
+from mmrlhf_jax.training.recipe import PartRates, differences, flatten, read_recipe
+from mmrlhf_jax.training.run import Checkpoints
+from mmrlhf_jax.training.train import NonFiniteStep, train
+
+
+def recipe(world, objective=None, data=None, **changes):
+    tiny = read_recipe(ROOT / "configs" / "tiny.py")
+    fields = {"max_steps": 2, "max_buckets": 1, **(data or {})}
+    return dataclasses.replace(
+        tiny,
+        objective=objective or DPO(),
+        model=world.model,
+        dataset=world.dataset,
+        reference="online" if not isinstance(objective, Supervised) else "stored",
+        data=dataclasses.replace(tiny.data, **fields),
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("objective", [Supervised(), MMDPO()], ids=["supervised", "mm_dpo"])
+def test_every_stage_trains_and_finds_itself_complete(small_world, objective, capsys):
+    output = small_world.directory / f"train-{type(objective).__name__}"
+    run_recipe = recipe(small_world, objective)
+    train(run_recipe, output)
+    first, second = metrics(output)
+    assert first["step"] == 1
+    assert second["learning_rate"] < first["learning_rate"]
+    assert {"loss", "grad_norm", "seconds", "seconds/compile", "groups_per_second", "rows"} <= first.keys()
+    train(run_recipe, output)
+    assert "is complete already" in capsys.readouterr().out
+
+
+def test_pairs_mode_is_the_same_step(small_world):
+    """One step over the whole dataset: same loss and gradient, whether pairs share a group's forward or not."""
+    pairs = sum(len(group.pairs) for group in open_dataset(small_world.dataset).groups())
+    out = {}
+    for pairing, count in (("groups", small_world.groups), ("pairs", pairs)):
+        output = small_world.directory / f"train-{pairing}"
+        train(recipe(small_world, MMDPO(), {"pairing": pairing, "groups_per_step": count, "max_steps": 1}), output)
+        out[pairing] = metrics(output)[0]
+    for name in ("loss", "loss/preference", "loss/nll", "rewards/margins", "beta/mean", "margin/mean", "grad_norm"):
+        assert out["pairs"][name] == pytest.approx(out["groups"][name], rel=1e-5, abs=1e-6), name
+
+
+def test_worker_processes_bring_the_same_batches(small_world):
+    for workers in (0, 2):
+        output = small_world.directory / f"train-workers-{workers}"
+        run(
+            "train", ROOT / "configs" / "tiny.py", "--model", small_world.model, "--dataset", small_world.dataset,
+            "--output", output, "--reference", "online", "--data.max-steps", 2, "--data.max-buckets", 1,
+            "--data.workers", workers,
+        )  # fmt: skip
+    alone, helped = (metrics(small_world.directory / f"train-workers-{n}") for n in (0, 2))
+    assert [r["loss"] for r in helped] == [r["loss"] for r in alone]
+    assert [r["rows"] for r in helped] == [r["rows"] for r in alone]
+
+
+def test_a_nan_names_step_and_rows_and_is_never_saved(small_world, tmp_path):
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for file in (small_world.directory / "model").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    weights = load_file(broken / "model.safetensors")
+    weights["image_newline"] = np.full_like(weights["image_newline"], np.nan)  # only groups with a picture see it
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    groups = list(open_dataset(small_world.dataset).groups())
+    pictured = {row for row, group in enumerate(groups) if group.media}
+    with pytest.raises(NonFiniteStep, match=r"step 1: .* dataset rows ([\d, ]+)\. ") as caught:
+        train(dataclasses.replace(recipe(small_world), model=str(broken)), tmp_path / "run")
+    named = {int(n) for n in str(caught.value).split("rows ")[1].split(".")[0].split(", ")}
+    assert named <= pictured
+    assert named
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest() is None
+
+
+def test_only_what_has_a_rate_moves(small_world):
+    output = small_world.directory / "train-projector"
+    optimizer = dataclasses.replace(
+        recipe(small_world).optimizer, rates=PartRates(decoder=0.0, projector=1.0, tower=0.0), warmup=0.0
+    )
+    train(recipe(small_world, optimizer=optimizer), output)
+    run("export", output, "--output", output / "hf", "--dtype", "float32")
+    before = load_file(small_world.directory / "model" / "model.safetensors")
+    after = load_file(output / "hf" / "model.safetensors")
+    moved = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith(("multi_modal_projector", "image_newline"))}
+
+
+def test_mm_dpo_without_margins_names_rows_and_cure(small_world):
+    groups = [
+        dataclasses.replace(g, pairs=tuple(dataclasses.replace(p, margin=None) for p in g.pairs))
+        for g in open_dataset(small_world.dataset).groups()
+    ]
+    with pytest.raises(MissingMargin, match=r"12 of 12 groups .*pairs\.jsonl:1.*--margin-column"):
+        check_margins(groups)
+
+
+def test_step_wide_statistics_refuse_accumulation(small_world, tmp_path):
+    data = {"groups_per_step": 12, "slots_per_device": 256}
+    with pytest.raises(ValueError, match=r"12 groups must fit one micro-batch: set data\.max_buckets to 1"):
+        train(recipe(small_world, MMDPOReleasedBatch(), {**data, "max_buckets": 3}), tmp_path / "run")
+
+
+def test_a_resumed_run_may_change_how_but_not_what(small_world):
+    run_recipe = recipe(small_world)
+    saved = json.loads(json.dumps(flatten(run_recipe)))
+    assert differences(saved, dataclasses.replace(run_recipe, log=dataclasses.replace(run_recipe.log))) == []
+    other = dataclasses.replace(run_recipe, seed=1, objective=DPO(beta=0.2))
+    assert differences(saved, other) == ["objective.beta: was 0.1, now 0.2", "seed: was 0, now 1"]
+
+
+def test_a_directory_with_something_else_is_left_alone(small_world, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is no run; use another --output"):
+        train(recipe(small_world), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.stem)
+def test_every_recipe_reads_and_states_its_command_and_hardware(file):
+    found = read_recipe(file)
+    text = file.read_text()
+    assert jnp.dtype(found.compute.dtype)
+    assert "Hardware" in text
+    assert f"launch/train.py {file.relative_to(ROOT)}" in text
