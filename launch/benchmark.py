@@ -134,7 +134,7 @@ def time_step(command: Step) -> None:
     set_up_jax(command.compute.dtype)
     recipe = Recipe(objective=DPO(), compute=command.compute)
     config, mesh = model_config(command), make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    params = nn_params.initialise(declare(config), jax.random.key(0), mesh, recipe.sharding)
+    params = nn_params.initialise(declare(config), 0, mesh, recipe.sharding)
     trainable, frozen = partition(params, lambda name: rate_of(name, recipe.optimizer.rates) > 0)
     shardings = Sums(jax.tree.map(lambda p: p.sharding, trainable), replicated(mesh))
     accumulate = make_accumulate(config, compute_of(recipe, mesh), recipe.objective, sums_sharding=shardings)

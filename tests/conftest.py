@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # helpers such as tests/tiny.py
 
-import pytest  # after the environment is set
+import pytest  # noqa: E402 - jax reads the environment when a test imports it
 
 
 @pytest.fixture(scope="session")

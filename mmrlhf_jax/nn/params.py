@@ -95,20 +95,32 @@ def abstract(declared: Tree, mesh: Mesh, rules: ShardingRules) -> Tree:
     )
 
 
-def initialise(declared: Tree, key: jax.Array, mesh: Mesh, rules: ShardingRules) -> Tree:
-    """Initial values, born in their shards. Each parameter's draw depends on its name and `key` only."""
+def initialise(declared: Tree, seed: int, mesh: Mesh, rules: ShardingRules) -> Tree:
+    """Initial values, born in their shards. Each layer's draw depends on `seed`, its name and its index only.
 
-    def one(key: jax.Array, name: str, param: Param) -> jax.Array:
-        if param.init == "zeros":
-            return jnp.zeros(param.shape, param.dtype)
-        if param.init == "ones":
-            return jnp.ones(param.shape, param.dtype)
+    Drawn by numpy: nothing to compile, and the same numbers on every mesh and jax release.
+    """
+
+    def one(name: str, param: Param, sharding: NamedSharding) -> jax.Array:
+        stacked = param.axes[0] == "layers"
+
+        def part(index: Any) -> np.ndarray:  # a slice for each axis
+            if not stacked:
+                return draw(name, param, param.shape, 0)[index]
+            layers = range(*index[0].indices(param.shape[0]))
+            return np.stack([draw(name, param, param.shape[1:], layer)[index[1:]] for layer in layers])
+
+        return jax.make_array_from_callback(param.shape, sharding, part)
+
+    def draw(name: str, param: Param, shape: tuple[int, ...], layer: int) -> np.ndarray:
+        if param.init != "normal":
+            return np.full(shape, param.init == "ones", param.dtype)
+        rng = np.random.default_rng((seed, zlib.crc32(name.encode()), layer))
         scale = 1.0 / math.sqrt(param.fan_in or param.shape[-1])
-        named = jax.random.fold_in(key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
-        return (scale * jax.random.normal(named, param.shape, jnp.float32)).astype(param.dtype)
+        return (scale * rng.standard_normal(shape, np.float32)).astype(param.dtype)
 
-    out = shardings(declared, mesh, rules)
-    return jax.jit(lambda key: map_named(lambda n, p: one(key, n, p), declared), out_shardings=out)(key)
+    placed = dict(named_leaves(shardings(declared, mesh, rules)))
+    return map_named(lambda name, param: one(name, param, placed[name]), declared)
 
 
 def count(declared: Any) -> int:

@@ -206,8 +206,7 @@ HOW_IT_RUNS = [  # embeddings, remat rung, vocabulary chunk, its shards, queries
     ("untied", "full", 8192, 1, 512, 4),
     ("untied", "attention", 64, 2, 16, 4),
     ("untied", "projections", 100, 1, 5, 4),
-    ("tied", "none", 37, 4, 8, 1),
-    ("tied", "full", 320, 1, 7, 2),
+    ("tied", "none", 37, 4, 7, 2),
 ]
 
 

@@ -103,8 +103,9 @@ def test_the_older_layout_of_the_hub_reads_the_same(directory):
     assert read_config(str(directory)) == TINY
 
 
-@pytest.mark.parametrize("where", ["tie_word_embeddings", "text_config.tie_word_embeddings"])
-def test_tied_embeddings_are_found_where_releases_write_them(directory, where):
-    edit(directory, {"tie_word_embeddings": None, "text_config.tie_word_embeddings": None})
-    edit(directory, {where: True})
-    assert read_config(str(directory)).decoder.tied
+@pytest.mark.parametrize("text", [True, False, None])
+@pytest.mark.parametrize("whole", [True, False, None])
+def test_embeddings_are_tied_when_either_place_says_so(directory, whole, text):
+    """As transformers does: releases write `false` for the whole above `true` for the text model."""
+    edit(directory, {"tie_word_embeddings": whole, "text_config.tie_word_embeddings": text})
+    assert read_config(str(directory)).decoder.tied == bool(whole or text)

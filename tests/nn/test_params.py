@@ -28,7 +28,7 @@ def mesh(devices: int = 1, **sizes: int):
 
 @pytest.fixture(scope="module")
 def drawn():
-    return jax.device_get(nn_params.initialise(DECLARED, jax.random.key(0), mesh(), RULES))
+    return jax.device_get(nn_params.initialise(DECLARED, 0, mesh(), RULES))
 
 
 # --- initial values -----------------------------------------------------------------------------------------------
@@ -46,10 +46,10 @@ def test_initial_values_follow_the_declaration(drawn):
 
 def test_a_draw_depends_on_name_and_key_only(drawn):
     alone = {"table": DECLARED["table"]}
-    again = nn_params.initialise(alone, jax.random.key(0), mesh(8, fsdp=4, tensor=2), RULES)
+    again = nn_params.initialise(alone, 0, mesh(8, fsdp=4, tensor=2), RULES)
     np.testing.assert_array_equal(again["table"], drawn["table"])
-    renamed = nn_params.initialise({"other": DECLARED["table"]}, jax.random.key(0), mesh(), RULES)
-    rekeyed = nn_params.initialise(alone, jax.random.key(1), mesh(), RULES)
+    renamed = nn_params.initialise({"other": DECLARED["table"]}, 0, mesh(), RULES)
+    rekeyed = nn_params.initialise(alone, 1, mesh(), RULES)
     assert not (np.asarray(renamed["other"]) == drawn["table"]).any()
     assert not (np.asarray(rekeyed["table"]) == drawn["table"]).any()
 

@@ -61,7 +61,7 @@ def test_200_random_picture_sizes_run_through_at_most_a_dozen_programs(tmp_path)
         return response_logps(params, TINY, batch, Compute()).logp
 
     mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    params = nn_params.initialise(declare(TINY), jax.random.key(0), mesh, ShardingRules())
+    params = nn_params.initialise(declare(TINY), 0, mesh, ShardingRules())
     none = np.zeros((2, 2), np.float32)
     seen = []
     for index, items in deal(range(SIZES), plan):

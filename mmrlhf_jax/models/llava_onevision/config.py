@@ -60,7 +60,8 @@ def read_config(directory: str) -> LlavaOnevisionConfig:
     hf: Any = HFConfig.from_dict(raw)
     text, vision = hf.text_config, hf.vision_config
     rope = text.rope_parameters
-    tied = bool(raw.get("tie_word_embeddings", raw.get("text_config", {}).get("tie_word_embeddings", False)))
+    # as transformers: either place ties, also when the other says no
+    tied = any(part.get("tie_word_embeddings", False) for part in (raw, raw.get("text_config", {})))
     wanted = {
         "vision_feature_select_strategy": (hf.vision_feature_select_strategy, "full"),
         "vision_feature_layer": (hf.vision_feature_layer, -1),

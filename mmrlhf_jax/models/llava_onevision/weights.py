@@ -130,6 +130,6 @@ def new_directory(
     with tempfile.TemporaryDirectory() as assets:
         config = write_fresh_files(assets, config, texts=texts, vocab=vocab)
         mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-        params = nn_params.initialise(declare(config), jax.random.key(seed), mesh, ShardingRules())
+        params = nn_params.initialise(declare(config), seed, mesh, ShardingRules())
         save_directory(params, assets, output, "float32")
     return config
