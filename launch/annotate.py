@@ -49,7 +49,7 @@ def main() -> None:
     set_up_jax(arguments.dtype)
     dataset = open_dataset(arguments.dataset)
     mesh = make_mesh(arguments.mesh)
-    model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE, dtype=arguments.dtype)
+    model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
     renderer = load_renderer(str(model.assets), arguments.render)
     compute = Compute(
         dtype=arguments.dtype,

@@ -204,7 +204,7 @@ class Loader:
         if self.reference is None:
             return None
         if item.row not in self.reference:
-            raise KeyError(f"row {item.row} has no reference log-probs")
+            raise ValueError(f"row {item.row} has no reference log-probs")
         stored = self.reference[item.row]
         ends = np.cumsum(rendered.lengths.responses)
         if len(stored) != ends[-1]:

@@ -28,6 +28,7 @@ from mmrlhf_jax.nn.sharding import ShardingRules
 
 Tree = TypeVar("Tree")
 SHARD_BYTES = 5 * 10**9
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -121,6 +122,14 @@ class SafetensorsDirectory:
         path, raw = self.where[name]
         return tuple(self.handles[path].get_slice(raw).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """numpy's name of a tensor's dtype. Raises ValueError for one that weights are not kept in."""
+        path, raw = self.where[name]
+        stored = self.handles[path].get_slice(raw).get_dtype()
+        if stored not in _STORED:
+            raise ValueError(f"{path.name}: {raw} is stored as {stored}; supported: {', '.join(_STORED)}")
+        return _STORED[stored]
+
     def read(self, name: str) -> np.ndarray:
         path, raw = self.where[name]
         return self.handles[path].get_tensor(raw)
@@ -139,6 +148,12 @@ def check(source: SafetensorsDirectory, expected: Sequence[Expected], ignored: C
     if problems:
         shown = problems[:40] + ([f"... and {len(problems) - 40} more"] if len(problems) > 40 else [])
         raise ValueError(f"{source.directory}: the checkpoint does not match the model:\n  " + "\n  ".join(shown))
+
+
+def stored_dtypes(source: SafetensorsDirectory, declared: Any, keys: Sequence[Key]) -> dict[str, str]:
+    """The dtype each of our parameters is stored in; a stack of layers takes that of its first."""
+    first = {item.key.ours: item.name for item in reversed(expected_tensors(declared, keys))}
+    return {ours: source.dtype(name) for ours, name in first.items() if name in source.where}
 
 
 def load(

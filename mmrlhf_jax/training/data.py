@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +13,7 @@ from mmrlhf_jax.data.buckets import BucketPlan, plan_buckets
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.pipeline import Items, Loader, Selection, measure, select
 from mmrlhf_jax.data.plan import StepPlan, plan_steps
-from mmrlhf_jax.groups import Bucket, Renderer
+from mmrlhf_jax.groups import Bucket, Group, Lengths, Renderer
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.objectives import Supervised
 from mmrlhf_jax.training.recipe import DataConfig, Recipe
@@ -51,8 +51,10 @@ def plan_data(
 ) -> RunData:
     """Measures every group and plans the whole run. Raises ValueError where the data cannot serve the objective."""
     groups = list(dataset.groups())
+    lengths = measure(groups, renderer)
+    _check_positions(groups, lengths, config.decoder.max_positions)
     selection = selection_of(recipe)
-    items = select(groups, measure(groups, renderer), selection)
+    items = select(groups, lengths, selection)
     buckets = bucket_items(items, recipe.data, config, shards=shards)
     plan = plan_steps(
         buckets,
@@ -75,6 +77,17 @@ def plan_data(
         parts=jax.process_count(),
     )
     return RunData(items, buckets, plan, loader)
+
+
+def _check_positions(groups: Sequence[Group], lengths: Sequence[Lengths], most: int) -> None:
+    """Refuses before training what rendering would refuse in the middle of it."""
+    long = [g for g, n in zip(groups, lengths, strict=True) if n.prompt + max(n.responses) > most]
+    if long:
+        raise ValueError(
+            f"{len(long)} of {len(groups)} groups have more tokens than the model's {most} positions "
+            f"({long[0].origins[0]} first). Prepare again with --model and --max-tokens {most}: they are then listed "
+            "and left out; or use fewer --render.frames"
+        )
 
 
 def bucket_items(items: Items, data: DataConfig, config: LlavaOnevisionConfig, *, shards: int) -> BucketPlan:

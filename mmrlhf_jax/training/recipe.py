@@ -47,7 +47,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PartRates:
-    """Learning-rate multipliers; 0 freezes a part, and a frozen part is kept in the compute dtype."""
+    """Learning-rate multipliers; 0 freezes a part, and a frozen part keeps the dtype its checkpoint has."""
 
     decoder: float = 1.0
     projector: float = 1.0
@@ -129,7 +129,10 @@ class Recipe:
 
 
 # what may differ between a run and its resumption: it changes how, not what
-FREE_ON_RESUME = ("mesh", "sharding", "checkpoint", "log", "compute.remat", "compute.attention", "data.workers")
+FREE_ON_RESUME = (
+    "mesh", "sharding", "checkpoint", "log", "compute.remat", "compute.attention", "compute.vocab_chunk",
+    "data.workers", "data.max_buckets", "data.multiple", "data.slots_per_device",
+)  # fmt: skip
 
 
 def read_recipe(path: str | Path) -> Recipe:

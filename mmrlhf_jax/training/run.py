@@ -74,7 +74,7 @@ class Checkpoints:
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(_by_name(combine(state.trainable, state.frozen))),
                 optimizer=ocp.args.StandardSave(_by_name(state.optimizer)),
-                position=ocp.args.JsonSave(dict(position)),
+                position=ocp.args.JsonSave({**position, "dtypes": _dtypes(state)}),
             ),
             force=True,
         )
@@ -100,6 +100,10 @@ def _by_name(tree: Any) -> dict[str, Any]:
     return dict(nn_params.named_leaves(tree))
 
 
+def _dtypes(state: TrainState) -> dict[str, str]:
+    return {name: leaf.dtype.name for name, leaf in _by_name(combine(state.trainable, state.frozen)).items()}
+
+
 def _from_names(leaves: Mapping[str, Any], like: Any) -> Any:
     return nn_params.map_named(lambda name, _: leaves[name], like)
 
@@ -123,28 +127,36 @@ def assets_of(model: str) -> Path:
 
 
 def load_model(
-    model: str, mesh: Mesh, rules: ShardingRules, *, rates: PartRates, dtype: str, step: int | None = None
+    model: str,
+    mesh: Mesh,
+    rules: ShardingRules,
+    *,
+    rates: PartRates,
+    dtype: str | None = None,
+    step: int | None = None,
 ) -> LoadedModel:
-    """Parameters of a MODEL in their shards: parts with a rate in fp32, the others in `dtype`.
+    """Parameters of a MODEL in their shards: parts with a rate in fp32, the others in `dtype`, or as they are stored.
 
     `step` picks a RUN's checkpoint, its latest by default. Raises FileNotFoundError or ValueError saying what is
     missing.
     """
     assets = assets_of(model)
     config = read_config(str(assets))
-    declared = with_dtypes(declare(config), rates, dtype)
+    bare = declare(config)
     if not is_run(model):
+        declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(assets, bare))
         return LoadedModel(config, weights.load_params(assets, declared, config, mesh, rules), assets)
     checkpoints = Checkpoints(RunDirectory(Path(model)).checkpoints)
     step = checkpoints.latest() if step is None else step
     if step is None or step not in checkpoints.manager.all_steps():
         raise FileNotFoundError(f"{model}: no checkpoint {'yet' if step is None else step}")
+    declared = with_dtypes(bare, rates, dtype or checkpoints.position(step)["dtypes"])
     params = checkpoints.params(step, nn_params.abstract(declared, mesh, rules))
     checkpoints.close()
     return LoadedModel(config, params, assets)
 
 
-INFERENCE = PartRates(decoder=0.0, projector=0.0, tower=0.0)  # every part in the compute dtype
+INFERENCE = PartRates(decoder=0.0, projector=0.0, tower=0.0)  # every part as it is stored
 
 
 def model_fingerprint(config: LlavaOnevisionConfig, params: LlavaOnevision) -> str:

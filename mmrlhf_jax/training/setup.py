@@ -31,7 +31,10 @@ from mmrlhf_jax.training.state import (
 
 
 def check_resumable(run: RunDirectory, recipe: Recipe) -> None:
-    """Raises ValueError when the directory holds something else, or a run whose recipe differs where it matters."""
+    """Raises ValueError when the recipe lacks something, or the directory holds something else, or a run whose recipe
+    differs where it matters."""
+    if missing := [name for name in ("model", "dataset") if not getattr(recipe, name)]:
+        raise ValueError(f"the recipe names no {' and no '.join(missing)}: add --{' ... --'.join(missing)} ...")
     if run.exists():
         if changed := recipes.differences(json.loads(run.recipe.read_text()), recipe):
             raise ValueError(
@@ -86,10 +89,10 @@ def resume(checkpoints: Checkpoints, state: TrainState, position: Mapping[str, A
 
 
 def online_reference(recipe: Recipe, mesh: Mesh) -> Any:
-    """A frozen copy of the starting model, all in the compute dtype; None when log-probs are stored or unused."""
+    """A frozen copy of the starting model; None when log-probs are stored or unused."""
     if recipe.reference != "online" or not recipe.objective.needs_reference:
         return None
-    return load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE, dtype=recipe.compute.dtype).params
+    return load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE).params
 
 
 def compute_of(recipe: Recipe, mesh: Mesh, *, platform: str | None = None) -> Compute:

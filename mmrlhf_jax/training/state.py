@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -33,13 +33,16 @@ def rate_of(name: str, rates: PartRates) -> float:
     return getattr(rates, "projector" if part == "newline" else part)
 
 
-def with_dtypes(declared: Tree, rates: PartRates, compute_dtype: str) -> Tree:
-    """Declarations with what trains in fp32 (in bf16, steps of 1e-6 round away) and what is frozen in the compute
-    dtype."""
-    return map_named(
-        lambda name, p: dataclasses.replace(p, dtype=jnp.dtype("float32" if rate_of(name, rates) else compute_dtype)),
-        declared,
-    )
+def with_dtypes(declared: Tree, rates: PartRates, frozen: Mapping[str, str] | str) -> Tree:
+    """Declarations with what trains in fp32 (in bf16, steps of 1e-6 round away) and what is frozen in the dtype
+    `frozen` gives, by parameter name or for all."""
+
+    def kept_in(name: str) -> str:
+        if rate_of(name, rates):
+            return "float32"
+        return frozen if isinstance(frozen, str) else frozen[name]
+
+    return map_named(lambda name, p: dataclasses.replace(p, dtype=jnp.dtype(kept_in(name))), declared)
 
 
 def partition(params: Tree, trains: Callable[[str], bool]) -> tuple[Tree, Tree]:

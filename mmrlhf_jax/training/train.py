@@ -63,7 +63,7 @@ def train(recipe: Recipe, output: str | Path) -> None:
     set_up_jax(recipe.compute.dtype)
     mesh = make_mesh(recipe.mesh)
     print(f"{mesh.size} devices ({jax.devices()[0].device_kind}), mesh {dict(mesh.shape)}")
-    start = load_model(recipe.model, mesh, recipe.sharding, rates=recipe.optimizer.rates, dtype=recipe.compute.dtype)
+    start = load_model(recipe.model, mesh, recipe.sharding, rates=recipe.optimizer.rates)
 
     # --- data --------------------------------------------------------------------------------------------------------
     dataset = open_dataset(recipe.dataset)

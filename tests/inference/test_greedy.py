@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from tiny import TINY
 
-from mmrlhf_jax.batch import Bucket, Entry, Totals, pack
+from mmrlhf_jax.batch import Entry, Totals, pack
 from mmrlhf_jax.data.media import decode
-from mmrlhf_jax.groups import Branch, Group, Media, Response, Turn
+from mmrlhf_jax.groups import Branch, Bucket, Group, Media, Response, Turn
 from mmrlhf_jax.inference.greedy import Answer, GreedyConfig, greedy_answers, stop_tokens
 from mmrlhf_jax.models.llava_onevision.model import Compute, hidden_states
 from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, load_renderer

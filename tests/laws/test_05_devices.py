@@ -51,7 +51,7 @@ def test_eight_devices_train_as_one(small_world, on_one_device, layout):
 
 def test_each_device_holds_its_share_from_the_moment_of_loading(small_world):
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    params = load_model(small_world.model, mesh, ShardingRules(), rates=PartRates(), dtype="float32").params
+    params = load_model(small_world.model, mesh, ShardingRules(), rates=PartRates()).params
     held = dict.fromkeys(jax.devices(), 0)
     for _, leaf in nn_params.named_leaves(params):
         for shard in leaf.addressable_shards:

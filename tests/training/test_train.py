@@ -137,3 +137,41 @@ def test_every_recipe_reads_and_states_its_command_and_hardware(file):
     assert jnp.dtype(found.compute.dtype)
     assert "Hardware" in text
     assert f"launch/train.py {file.relative_to(ROOT)}" in text
+
+
+def test_a_frozen_part_leaves_a_run_as_it_came(small_world, tmp_path):
+    """A tower stored in fp16 is exported to the bit, whatever dtype the run computed in."""
+    half = tmp_path / "model"
+    half.mkdir()
+    for file in (small_world.directory / "model").iterdir():
+        (half / file.name).write_bytes(file.read_bytes())
+    before = {n: w.astype(np.float16) for n, w in load_file(half / "model.safetensors").items()}
+    save_file(before, half / "model.safetensors", metadata={"format": "pt"})
+    changed = dataclasses.replace(recipe(small_world), model=str(half))
+    train(
+        dataclasses.replace(changed, compute=dataclasses.replace(changed.compute, dtype="bfloat16")), tmp_path / "run"
+    )
+    run("export", tmp_path / "run", "--output", tmp_path / "hf", "--dtype", "float32")
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, weight in before.items():
+        if name.startswith("vision_tower"):
+            np.testing.assert_array_equal(after[name], weight.astype(np.float32), err_msg=name)
+    embedding = "language_model.model.embed_tokens.weight"
+    assert not np.array_equal(after[embedding], before[embedding].astype(np.float32))
+
+
+def test_a_group_beyond_the_models_positions_is_refused_before_training(small_world, tmp_path):
+    short = tmp_path / "model"
+    short.mkdir()
+    for file in (small_world.directory / "model").iterdir():
+        (short / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((short / "config.json").read_text())
+    raw["text_config"]["max_position_embeddings"] = 100
+    (short / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r"more tokens than the model's 100 positions .*--max-tokens 100"):
+        train(dataclasses.replace(recipe(small_world), model=str(short)), tmp_path / "run")
+
+
+def test_a_recipe_without_model_or_data_says_what_to_add(tmp_path):
+    with pytest.raises(ValueError, match=r"names no model and no dataset: add --model \.\.\. --dataset"):
+        train(read_recipe(ROOT / "configs" / "tiny.py"), tmp_path / "run")

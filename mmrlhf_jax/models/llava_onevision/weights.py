@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mmrlhf_jax.models import key_table
 from mmrlhf_jax.models.key_table import (
     DTYPES,
     Key,
@@ -68,6 +69,11 @@ def resolve(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.safetensors.index.json", *ASSETS]))
+
+
+def stored_dtypes(directory: str | Path, declared: LlavaOnevision) -> dict[str, str]:
+    """The dtype each parameter has in a llava-hf directory, by name."""
+    return key_table.stored_dtypes(SafetensorsDirectory(directory, canonical), declared, KEYS)
 
 
 def load_params(

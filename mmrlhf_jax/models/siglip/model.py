@@ -99,7 +99,8 @@ def _patches(params: Siglip, config: SiglipConfig, pixels: jax.Array) -> jax.Arr
     seen = pixels[:, : side * patch, : side * patch]
     cut = seen.reshape(-1, side, patch, side, patch, 3)
     x = jnp.einsum("iyaxbc,abcd->iyxd", cut, params.patch_kernel.astype(pixels.dtype))
-    x = x.reshape(-1, side * side, config.embed) + (params.patch_bias + params.position).astype(pixels.dtype)
+    offset = params.patch_bias.astype(jnp.float32) + params.position.astype(jnp.float32)
+    x = x.reshape(-1, side * side, config.embed) + offset.astype(pixels.dtype)
     return constrain(x, BATCH_AXES, None, None)
 
 
