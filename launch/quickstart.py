@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import tyro
@@ -94,6 +96,7 @@ class Stages:
 
 def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    signal.signal(signal.SIGTERM, _stop)
     arguments = tyro.cli(Arguments, prog="quickstart.py", description=__doc__)
     output = Path(arguments.output)
     _claim(output, arguments)
@@ -132,13 +135,18 @@ def _claim(output: Path, arguments: Arguments) -> None:
     file.write_text(stated)
 
 
+def _stop(number: int, _: FrameType | None) -> None:
+    raise CommandError("interrupted; run the same command to go on", 75)
+
+
 def _run(name: str, command: list[str]) -> None:
     print("  python " + " ".join(command[1:]), flush=True)
     process = subprocess.Popen(command)
     try:
         status = process.wait()
-    except KeyboardInterrupt:
-        process.wait()  # it got the same signal, and saves what it has
+    except BaseException:  # stopped: so is the program, which saves what it has
+        process.terminate()
+        process.wait()
         raise
     if status:
         raise CommandError(f"stage {name} ended with exit code {status}, see above", 75 if status == 75 else 1)
@@ -192,6 +200,7 @@ def _new_model(directory: Path, world: Path, config: WorldConfig, seed: int) -> 
 
     side = config.side * digit_boards.CELL
     rows = digit_boards.read_questions(world, "train")
+    texts = [text for row in rows for text in (row["question"], *row["answers"])]
     made = new_directory(
         directory,
         LlavaOnevisionConfig(
@@ -202,7 +211,7 @@ def _new_model(directory: Path, world: Path, config: WorldConfig, seed: int) -> 
             ),
             pinpoints=((side, side),),
         ),
-        texts=[text for row in rows for text in (row["question"], *row["answers"])],
+        texts=[*texts, "user", "assistant"],  # the chat template's words are tokens of their own too
         seed=seed,
     )  # fmt: skip
     print(f"  {count(declare(made)):,} parameters, {made.decoder.vocab} rows of vocabulary")

@@ -84,13 +84,12 @@ def plan_steps(
     """Shuffles every epoch by (seed, epoch), cuts it into steps of `groups_per_step` items, deals each into
     micro-batches.
 
-    The last step of an epoch may be smaller; every item is seen once an epoch. `whole_step` puts each step into a
+    `max_steps`, when given, decides instead of `epochs`. The last step of an epoch may be smaller; every item is seen once an epoch. `whole_step` puts each step into a
     single micro-batch, of the smallest bucket shape that covers it, for objectives with step-wide statistics.
     """
     count = len(buckets.assignment)
     per_epoch = math.ceil(count / groups_per_step)
-    steps = math.ceil(per_epoch * epochs)
-    steps = min(steps, max_steps) if max_steps is not None else steps
+    steps = math.ceil(per_epoch * epochs) if max_steps is None else max_steps
     micro_batches: list[MicroBatch] = []
     first = [0]
     seen: list[list[int]] = []

@@ -27,7 +27,7 @@ class DataConfig:
     """groups an optimizer step sees; the paper's 384 pairs are about 80 to 104 groups. In pairs mode: pairs"""
     epochs: float = 1.0
     max_steps: int | None = None
-    """stop after this many steps, whatever the epochs say"""
+    """take exactly this many steps, whatever the epochs say"""
     pairing: Pairing = "groups"
     """groups: one forward a group, all pairs; pairs: every pair as two full sequences, to compare with other
     trainers"""

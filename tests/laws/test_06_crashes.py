@@ -24,7 +24,7 @@ TIMES = ("seconds", "per_second")
 def arguments(world, output):
     return (
         ROOT / "configs" / "tiny.py", "--model", world.model, "--dataset", world.dataset, "--output", output,
-        "--reference", "online", "--data.epochs", 100, "--data.max-steps", STEPS, "--data.groups-per-step", 4,
+        "--reference", "online", "--data.max-steps", STEPS, "--data.groups-per-step", 4,
         "--checkpoint.every", 3, "--optimizer.learning-rate", 1e-3, "--data.max-buckets", 2,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from small_world import ROOT, metrics, run
 from mmrlhf_jax.data.dataset import open_dataset
 from mmrlhf_jax.data.pipeline import MissingMargin, check_margins
 from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, Supervised
-from mmrlhf_jax.training.recipe import PartRates, differences, flatten, read_recipe
+from mmrlhf_jax.training.recipe import LogConfig, PartRates, differences, flatten, read_recipe
 from mmrlhf_jax.training.run import Checkpoints
 from mmrlhf_jax.training.train import NonFiniteStep, train
 
@@ -42,6 +42,12 @@ def test_every_stage_trains_and_finds_itself_complete(small_world, objective, ca
     assert {"loss", "grad_norm", "seconds", "seconds/compile", "groups_per_second", "rows"} <= first.keys()
     train(run_recipe, output)
     assert "is complete already" in capsys.readouterr().out
+
+
+def test_tensorboard_is_written_when_asked(small_world, tmp_path):
+    train(recipe(small_world, log=LogConfig(tensorboard=True)), tmp_path / "run")
+    (events,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert b"rewards/margins" in events.read_bytes()
 
 
 def test_pairs_mode_is_the_same_step(small_world):
