@@ -84,8 +84,9 @@ def plan_steps(
     """Shuffles every epoch by (seed, epoch), cuts it into steps of `groups_per_step` items, deals each into
     micro-batches.
 
-    `max_steps`, when given, decides instead of `epochs`. The last step of an epoch may be smaller; every item is seen once an epoch. `whole_step` puts each step into a
-    single micro-batch, of the smallest bucket shape that covers it, for objectives with step-wide statistics.
+    `max_steps`, when given, decides instead of `epochs`. The last step of an epoch may be smaller; every item is seen
+    once an epoch. `whole_step` puts each step into a single micro-batch, of the smallest bucket shape that covers it,
+    for objectives with step-wide statistics.
     """
     count = len(buckets.assignment)
     per_epoch = math.ceil(count / groups_per_step)
