@@ -11,6 +11,9 @@ import traceback
 import unicodedata
 from collections.abc import Callable
 
+# transformers advises whoever imports it to install torch; no program here needs it
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 
 class CommandError(Exception):
     """The work failed; the message says what is wrong, where, and what to do."""
