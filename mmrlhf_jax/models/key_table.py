@@ -165,7 +165,8 @@ def load(
     *,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> Tree:
-    """The parameters, read tensor by tensor straight into their shards, in the dtypes of the declaration."""
+    """The parameters, read straight into their shards, in the dtypes of the declaration: each tensor is read once and
+    its parts go to the devices that hold them."""
     expected = expected_tensors(declared, keys)
     check(source, expected, ignored)
     by_path: dict[str, list[Expected]] = {}
@@ -173,21 +174,31 @@ def load(
         by_path.setdefault(item.key.ours, []).append(item)
 
     def one(name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        items = by_path[name]
-
-        def shard(index: Any) -> np.ndarray:  # a slice for each axis
-            first = items[0]
-            if first.layer is None:
-                return first.key.import_array(source.read(first.name), first.layer_shape)[index].astype(abstract.dtype)
-            layers = [
-                item.key.import_array(source.read(item.name), item.layer_shape)[index[1:]].astype(abstract.dtype)
-                for item in items[index[0]]
-            ]
-            return np.stack(layers)
-
-        return jax.make_array_from_callback(abstract.shape, abstract.sharding, shard)
+        shards = _read_shards(source, by_path[name], abstract)
+        return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda index: shards[_bounds(index)][1])
 
     return nn_params.map_named(one, nn_params.abstract(declared, mesh, rules))
+
+
+def _read_shards(
+    source: SafetensorsDirectory, items: Sequence[Expected], abstract: jax.ShapeDtypeStruct
+) -> dict[tuple, tuple[Any, np.ndarray]]:
+    """Every distinct shard this process holds of one parameter, by its bounds: (index, values)."""
+    indices = abstract.sharding.addressable_devices_indices_map(abstract.shape).values()
+    local = abstract.sharding.shard_shape(abstract.shape)
+    shards = {_bounds(index): (index, np.empty(local, abstract.dtype)) for index in indices}
+    for item in items:
+        array = item.key.import_array(source.read(item.name), item.layer_shape)
+        for index, values in shards.values():
+            if item.layer is None:
+                values[...] = array[index]
+            elif item.layer in (layers := range(*index[0].indices(abstract.shape[0]))):
+                values[item.layer - layers.start] = array[index[1:]]
+    return shards
+
+
+def _bounds(index: Any) -> tuple:
+    return tuple((part.start, part.stop) for part in index)  # slices are not hashable before Python 3.12
 
 
 def export_tensors(params: Any, keys: Sequence[Key], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
