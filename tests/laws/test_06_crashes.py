@@ -44,68 +44,71 @@ def without_times(record):
 @pytest.fixture(scope="module")
 def undisturbed(small_world):
     output = small_world.directory / "law-6-undisturbed"
-    began = time.monotonic()
     run("train", *arguments(small_world, output))
-    return output, time.monotonic() - began
+    return output
 
 
-def killed(world, output, after, devices=1):
-    """Starts the run and kills it `after` seconds; True if it was still running."""
+def lines(output):
+    file = output / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def start_and_kill(world, output, *, step, delay):
+    """Starts the run and kills it with SIGKILL `delay` seconds after `step` was logged (0: after it started)."""
     process = subprocess.Popen(
         command("train", *arguments(world, output)),
-        env=environment(devices), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=environment(1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
-    try:
-        process.wait(after)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return True
-    return False
+    while lines(output) < step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    time.sleep(delay)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def test_five_random_kills_change_no_bit(small_world, undisturbed):
-    reference, seconds = undisturbed
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     moments = random.Random(seed)
     output = small_world.directory / "law-6-killed"
-    kills = sum(killed(small_world, output, moments.uniform(0.3, 1.0) * seconds) for _ in range(5))
+    start_and_kill(small_world, output, step=0, delay=moments.uniform(0.1, 4.0))
+    for kill in range(4):
+        step = 1 + 5 * kill + moments.randrange(5)
+        start_and_kill(small_world, output, step=step, delay=moments.uniform(0, 0.2))
     run("train", *arguments(small_world, output))
-    print(f"{kills} kills hit the running process")
-    expected, got = final_params(small_world, reference), final_params(small_world, output)
+    expected, got = final_params(small_world, undisturbed), final_params(small_world, output)
     for name in expected:
         np.testing.assert_array_equal(got[name], expected[name], err_msg=f"seed {seed}: {name}")
-    assert [without_times(r) for r in metrics(output)] == [without_times(r) for r in metrics(reference)]
+    assert [without_times(r) for r in metrics(output)] == [without_times(r) for r in metrics(undisturbed)]
 
 
 def test_every_group_is_seen_once_an_epoch(small_world, undisturbed):
     steps_an_epoch = small_world.groups // 4
-    records = metrics(undisturbed[0])
+    records = metrics(undisturbed)
     for start in range(0, STEPS, steps_an_epoch):
         rows = [row for record in records[start : start + steps_an_epoch] for row in record["rows"]]
         assert sorted(rows) == list(range(small_world.groups))
 
 
 def test_a_run_goes_on_with_other_devices(small_world, undisturbed):
-    reference, seconds = undisturbed
     output = small_world.directory / "law-6-moved"
-    assert killed(small_world, output, 0.8 * seconds)
+    start_and_kill(small_world, output, step=10, delay=0)
     run("train", *arguments(small_world, output), devices=4)
-    expected, got = final_params(small_world, reference), final_params(small_world, output)
+    expected, got = final_params(small_world, undisturbed), final_params(small_world, output)
     for name in expected:
         np.testing.assert_allclose(got[name], expected[name], atol=2e-4, err_msg=name)
 
 
-def test_sigterm_leaves_a_checkpoint_and_asks_to_be_run_again(small_world, undisturbed):
-    _, _seconds = undisturbed
+def test_sigterm_leaves_a_checkpoint_and_asks_to_be_run_again(small_world):
     output = small_world.directory / "law-6-terminated"
     process = subprocess.Popen(
         command("train", *arguments(small_world, output)), env=environment(1), stderr=subprocess.PIPE, text=True
     )
-    while not (output / "metrics.jsonl").exists() or not (output / "metrics.jsonl").read_text():
-        time.sleep(0.1)
+    while not lines(output):
         assert process.poll() is None
+        time.sleep(0.01)
     process.terminate()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75
