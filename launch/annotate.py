@@ -61,7 +61,8 @@ def main() -> None:
     key = reference_key(model_fingerprint(model.config, model.params), renderer, arguments.dtype)
     store = AnnotationStore.open(arguments.dataset, REFERENCE, key)
     written = write_reference_logps(dataset, renderer, model, store, mesh, compute, arguments.score)
-    print(f"{written} groups scored, {len(dataset)} stored in {store.directory}")
+    done = "done already" if not written else f"{written} groups scored"
+    print(f"{done}: {len(dataset)} stored in {store.directory}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from mmrlhf_jax.command import run_command
+from mmrlhf_jax.models.llava_onevision.weights import RECORD, save_directory
+from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
+from mmrlhf_jax.training.recipe import PartRates
+from mmrlhf_jax.training.run import RunDirectory, load_model, model_fingerprint
+from mmrlhf_jax.training.runtime import set_up_jax
 
 
 @dataclass(frozen=True)
@@ -25,20 +32,26 @@ class Export:
 
 
 def main() -> None:
-    command = tyro.cli(Export)
-    from mmrlhf_jax.models.llava_onevision.weights import save_directory
-    from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-    from mmrlhf_jax.training.recipe import PartRates
-    from mmrlhf_jax.training.run import load_model
-    from mmrlhf_jax.training.runtime import set_up_jax
-
+    command = tyro.cli(Export, prog="export.py")
     set_up_jax("float32")
     whole = PartRates(decoder=1.0, projector=1.0, tower=1.0)  # every value as it was trained, before rounding
     model = load_model(
         command.model, make_mesh(MeshConfig()), ShardingRules(), rates=whole, dtype="float32", step=command.step
     )
-    save_directory(model.params, model.assets, command.output, command.dtype)
-    print(f"wrote {command.output} ({command.dtype})")
+    record = {"weights": model_fingerprint(model.config, model.params), "step": model.step, "dtype": command.dtype}
+    written = Path(command.output) / RECORD
+    if written.exists() and json.loads(written.read_text()) == record:
+        print(f"{command.output} is written already")
+        return
+    save_directory(model.params, model.assets, command.output, command.dtype, record=record)
+    print(f"wrote {command.output} ({command.dtype}){_source(command.model, model.step)}")
+
+
+def _source(model: str, step: int | None) -> str:
+    if step is None:
+        return ""
+    unfinished = "" if RunDirectory(Path(model)).complete.exists() else " of a run that is not finished"
+    return f" from checkpoint {step}{unfinished}"
 
 
 if __name__ == "__main__":

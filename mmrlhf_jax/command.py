@@ -1,6 +1,6 @@
 """How a program of launch/ ends: exit codes, one clear message, no traceback.
 
-0 done, 1 the work failed, 2 bad usage, 75 interrupted (run again to resume), 130 stopped from the keyboard.
+0 done, 1 the work failed, 2 bad usage, 75 interrupted (run the same command again to resume).
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from collections.abc import Callable
 
 # transformers advises whoever imports it to install torch; no program here needs it
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+INTERRUPTED = 75
 
 
 class CommandError(Exception):
@@ -39,8 +42,8 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        print("interrupted; run the same command to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (CommandError, ValueError, OSError) as error:
         if os.environ.get("MMRLHF_TRACEBACK") == "1":
             traceback.print_exc()

@@ -78,6 +78,13 @@ class Group:
     pairs: tuple[Pair, ...]
     origins: tuple[Origin, ...]
 
+    def margin(self, pair: Pair) -> float | None:
+        """A pair's own margin, else the difference of its responses' scores, else None."""
+        if pair.margin is not None:
+            return pair.margin
+        best, worst = self.responses[pair.chosen].score, self.responses[pair.rejected].score
+        return None if best is None or worst is None else best - worst
+
     def content_hash(self) -> str:
         """sha256 of everything a log-probability depends on: prompt, pictures, response texts in order."""
         content = {
@@ -178,6 +185,10 @@ class Renderer(Protocol):
     @property
     def tokens_per_tile(self) -> int:
         """Rows of projected features a tile yields."""
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens of prompt and response together that the model can take."""
 
     def measure(self, group: Group) -> Lengths:
         """Token counts from text and picture sizes alone; equal to `render(...).lengths`."""

@@ -58,6 +58,7 @@ class WordCounter:
     fingerprint = "words"
     tile_size = 42
     tokens_per_tile = 10
+    max_positions = 10**6
 
     def measure(self, group: Group) -> Lengths:
         tiles = sum(len(media.sizes) for media in group.media)

@@ -33,10 +33,10 @@ def test_a_failure_is_an_exit_code_and_one_line(
     assert capsys.readouterr().err == "error: no luck\n"
 
 
-def test_the_keyboard_stops_with_130() -> None:
+def test_the_keyboard_stops_with_75() -> None:
     with pytest.raises(SystemExit) as left:
         run_command(raising(KeyboardInterrupt()))
-    assert left.value.code == 130
+    assert left.value.code == 75
 
 
 def test_success_returns_and_a_defect_keeps_its_traceback() -> None:

@@ -116,25 +116,17 @@ def pair_weights(group: Group, item: Item, selection: Selection) -> np.ndarray:
     return weight
 
 
-def margin_of(group: Group, chosen: int, rejected: int, given: float | None) -> float | None:
-    """A pair's own margin, else the difference of its responses' scores, else None."""
-    if given is not None:
-        return given
-    best, worst = group.responses[chosen].score, group.responses[rejected].score
-    return None if best is None or worst is None else best - worst
-
-
 def check_margins(groups: Sequence[Group]) -> None:
     """Raises MissingMargin when a pair has neither a margin nor two scores."""
     bare = [
         group for group in groups
-        if any(margin_of(group, pair.chosen, pair.rejected, pair.margin) is None for pair in group.pairs)
+        if any(group.margin(pair) is None for pair in group.pairs)
     ]  # fmt: skip
     if bare:
         where = ", ".join(str(group.origins[0]) for group in bare[:3]) + (", ..." if len(bare) > 3 else "")
         raise MissingMargin(
             f"{len(bare)} of {len(groups)} groups have a pair without a margin ({where}); this objective needs one. "
-            "Prepare the data with --margin-column NAME, give every response a score, or train without margins"
+            "Prepare with --margin-column NAME (or --source mapped --map score=...), or train without margins"
         )
 
 
@@ -196,7 +188,7 @@ class Loader:
         out = np.zeros((len(place), len(place)), np.float32)
         for pair in group.pairs:
             if pair.chosen in place and pair.rejected in place:
-                margin = margin_of(group, pair.chosen, pair.rejected, pair.margin)
+                margin = group.margin(pair)
                 out[place[pair.chosen], place[pair.rejected]] = 0.0 if margin is None else margin
         return out
 
@@ -234,7 +226,18 @@ def micro_batches(
 
 
 def measure(groups: Sequence[Group], renderer: Renderer) -> list[Lengths]:
-    return [renderer.measure(group) for group in groups]
+    """Lengths of every group. Raises ValueError, before any work is done, where one is longer than the model can
+    take."""
+    lengths = [renderer.measure(group) for group in groups]
+    most = renderer.max_positions
+    long = [g for g, n in zip(groups, lengths, strict=True) if n.prompt + max(n.responses) > most]
+    if long:
+        raise ValueError(
+            f"{len(long)} of {len(groups)} groups have more tokens than the model's {most} positions "
+            f"({long[0].origins[0]} first). Prepare again with --model: they are then listed and left out; or use "
+            "fewer --render.frames"
+        )
+    return lengths
 
 
 def reading_plan(items: Items, buckets: tuple[Bucket, ...], assignment: np.ndarray, rows: Sequence[int]) -> StepPlan:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
+from mmrlhf_jax.command import one_line
 from mmrlhf_jax.data.dataset import FORMAT_VERSION, DatasetError, read_metadata, write_dataset
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaError, MediaRoot, read_media, verify_media
 from mmrlhf_jax.data.report import Report, rejected_from_json, rejected_to_json, report_of
@@ -162,6 +164,12 @@ def _find_done(output: epath.Path, metadata: dict[str, Any]) -> Report | None:
 
 def _check_share(report: Report, options: PrepareOptions, output: epath.Path) -> None:
     where = f"see {output / REJECTED_FILE}"
+    if reasons := Counter(row.reason for row in report.rejected if not row.duplicate):
+        reason, count = reasons.most_common(1)[0]
+        where = f"{where} (most often, {count} times: {one_line(reason)})"
+    if options.media and report.groups and report.text_only == report.groups:
+        unread = "; ".join(remark.text for remark in report.remarks) or "no unknown columns"
+        raise PrepareError(f"--media is given, yet no row names a picture or video in a column that is read ({unread})")
     if not report.groups:
         raise PrepareError(f"none of {report.rows} rows became a group: {where}")
     if report.rejected_share > options.max_rejected:
@@ -230,10 +238,13 @@ def _prove(media: Media, root: MediaRoot) -> Proven | str:
 
 
 def _measure(sorting: _Sorting, options: PrepareOptions) -> tuple[list[Lengths], int]:
-    """Lengths of all groups with the renderer; those over `max_tokens` are rejected. Returns lengths, how many over."""
-    renderer, limit = options.renderer, options.max_tokens
+    """Lengths of the groups with the renderer. Those over `max_tokens`, or over what the model can take, are rejected.
+    Returns lengths of the others, and how many were over."""
+    renderer = options.renderer
     if renderer is None:
         return [], 0
+    limit = min(options.max_tokens or renderer.max_positions, renderer.max_positions)
+    named = f"--max-tokens {limit}" if limit == options.max_tokens else f"the model's {limit} positions"
     kept, measured, over = [], [], 0
     for group in _progress(sorting.groups, "lengths", len(sorting.groups), options):
         try:
@@ -241,17 +252,17 @@ def _measure(sorting: _Sorting, options: PrepareOptions) -> tuple[list[Lengths],
         except ValueError as error:
             sorting.reject(group, f"cannot be rendered: {error}")
             continue
-        measured.append(lengths)
         longest = max(lengths.responses)
-        if limit is not None and lengths.prompt + longest > limit:
+        if lengths.prompt + longest > limit:
             over += 1
             sorting.reject(
                 group,
                 f"{lengths.prompt + longest} tokens (prompt {lengths.prompt}, longest response {longest}), more than "
-                f"--max-tokens {limit}: raise it or drop the row",
+                f"{named}: nothing is cut; shorten the row or leave it out",
             )
             continue
         kept.append(group)
+        measured.append(lengths)
     sorting.groups = kept
     return measured, over
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ class Report:
     lengths             "prompt", "response", "tiles", "total" (prompt + longest response) -> Spread; of every group
                         measured, those over `max_tokens` included; empty without a model
     over_max_tokens     groups rejected for their length
+    margins             min, median and max margin of the pairs that have one
     buckets             lines on the static shapes that would hold them
     """
 
@@ -66,6 +68,8 @@ class Report:
     rejected: tuple[Rejected, ...]
     remarks: tuple[Remark, ...]
     buckets: tuple[str, ...] = ()
+    margins: tuple[float, ...] = ()
+    negative_margins: int = 0
     reused: bool = False
 
     @property
@@ -90,7 +94,7 @@ class Report:
         fields = json.loads(text)
         fields["responses"] = {int(k): n for k, n in fields["responses"].items()}
         fields["lengths"] = {name: Spread(**spread) for name, spread in fields["lengths"].items()}
-        fields["buckets"] = tuple(fields["buckets"])
+        fields["buckets"], fields["margins"] = tuple(fields["buckets"]), tuple(fields["margins"])
         fields["remarks"] = tuple(Remark(**remark) for remark in fields["remarks"])
         return cls(**fields, rejected=tuple(rejected), reused=True)
 
@@ -106,6 +110,12 @@ class Report:
             f"media      {self.pictures} pictures, {self.videos} videos ({self.frames} frames), "
             f"{self.text_only} text-only groups",
         ]
+        if self.margins:
+            low, middle, high = self.margins
+            lines.append(
+                f"margins    min {low:g}, median {middle:g}, max {high:g}; {self.negative_margins} negative"
+                + (", which MM-DPO takes as 0" if self.negative_margins else "")
+            )
         lines += [
             f"{name:<10} min {s.min}, median {s.median}, p90 {s.p90}, max {s.max}" for name, s in self.lengths.items()
         ]
@@ -134,6 +144,7 @@ def report_of(
     ties = sum(
         n * (n - 1) // 2 for rank, whole in zip(ranks, complete, strict=True) if whole for n in Counter(rank).values()
     )
+    margins = [m for g in groups for p in g.pairs if (m := g.margin(p)) is not None]
     media = [m for group in groups for m in group.media]
     videos = [m for m in media if m.kind == "video"]
     return Report(
@@ -153,6 +164,8 @@ def report_of(
         over_max_tokens=over_max_tokens,
         lengths=_spreads(measured),
         buckets=_buckets(measured),
+        margins=(min(margins), statistics.median(margins), max(margins)) if margins else (),
+        negative_margins=sum(margin < 0 for margin in margins),
         rejected=tuple(rejected),
         remarks=tuple(remarks),
     )

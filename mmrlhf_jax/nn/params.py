@@ -130,9 +130,9 @@ def count(declared: Any) -> int:
 def fingerprint(params: Any) -> str:
     """128 bits naming the values of a parameter tree: 32 hex digits.
 
-    Integer sums of the bit patterns of the values rounded to bf16, times odd, position-dependent multipliers:
-    independent of how the arrays are sharded, of file layout, and of the dtype a checkpoint was loaded in. It guards
-    against mix-ups, not against an adversary.
+    Integer sums of the fp32 bit patterns of the values, times odd, position-dependent multipliers: any one changed
+    value changes it, while sharding, file layout and a dtype that holds the same values do not. It guards against
+    mix-ups, not against an adversary.
     """
     names = [name for name, _ in named_leaves(params)]
     sums = np.asarray(jax.device_get(_checksums([leaf for _, leaf in named_leaves(params)])), np.uint32)
@@ -147,7 +147,7 @@ def fingerprint(params: Any) -> str:
 @jax.jit
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
     def one(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
         # positions are mixed axis by axis: a flat iota of a sharded array would gather it onto one device
         position = jnp.zeros(bits.shape, jnp.uint32)
         for axis in range(bits.ndim):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import shlex
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -13,7 +15,7 @@ from mmrlhf_jax.data.buckets import BucketPlan, plan_buckets
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.pipeline import Items, Loader, Selection, measure, select
 from mmrlhf_jax.data.plan import StepPlan, plan_steps
-from mmrlhf_jax.groups import Bucket, Group, Lengths, Renderer
+from mmrlhf_jax.groups import Bucket, Renderer
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.objectives import Supervised
 from mmrlhf_jax.training.recipe import DataConfig, Recipe
@@ -52,7 +54,6 @@ def plan_data(
     """Measures every group and plans the whole run. Raises ValueError where the data cannot serve the objective."""
     groups = list(dataset.groups())
     lengths = measure(groups, renderer)
-    _check_positions(groups, lengths, config.decoder.max_positions)
     selection = selection_of(recipe)
     items = select(groups, lengths, selection)
     buckets = bucket_items(items, recipe.data, config, shards=shards)
@@ -79,17 +80,6 @@ def plan_data(
     return RunData(items, buckets, plan, loader)
 
 
-def _check_positions(groups: Sequence[Group], lengths: Sequence[Lengths], most: int) -> None:
-    """Refuses before training what rendering would refuse in the middle of it."""
-    long = [g for g, n in zip(groups, lengths, strict=True) if n.prompt + max(n.responses) > most]
-    if long:
-        raise ValueError(
-            f"{len(long)} of {len(groups)} groups have more tokens than the model's {most} positions "
-            f"({long[0].origins[0]} first). Prepare again with --model and --max-tokens {most}: they are then listed "
-            "and left out; or use fewer --render.frames"
-        )
-
-
 def bucket_items(items: Items, data: DataConfig, config: LlavaOnevisionConfig, *, shards: int) -> BucketPlan:
     return plan_buckets(
         items.lengths,
@@ -107,10 +97,10 @@ def describe(data: RunData, attention: Callable[[Bucket], str]) -> list[str]:
     """Lines that tell a user what will run, before it does; `attention` names the backend that serves a bucket."""
     items, plan = data.items, data.plan
     lines = [
-        f"{len(items.items)} items, up to {items.responses} responses each, {items.weights.pairs.sum():g} pair weight; "
+        f"{len(items.items)} items, up to {items.responses} responses each, {items.weights.pairs.sum():g} pairs; "
         f"{items.skipped} groups without a preference skipped",
         f"{plan.steps} steps in {len(plan.micro_batches)} micro-batches; {data.buckets.padding_share:.1%} of slots are "
-        f"padding, {plan.filler_share:.1%} of group places are filler",
+        f"padding, {plan.filler_share:.1%} of their places for groups stay empty",
     ]
     counts = np.bincount(data.buckets.assignment, minlength=len(data.buckets.buckets))
     return lines + [
@@ -122,6 +112,27 @@ def describe(data: RunData, attention: Callable[[Bucket], str]) -> list[str]:
 def reference_key(model_fingerprint: str, renderer: Renderer, dtype: str) -> dict[str, str]:
     """Everything a stored log-prob depends on besides the group itself."""
     return {"model": model_fingerprint, "renderer": renderer.fingerprint, "dtype": dtype}
+
+
+def annotate_command(recipe: Recipe) -> str:
+    """The command that stores what `recipe` looks for."""
+    flags = [
+        "--dataset",
+        recipe.dataset,
+        "--model",
+        recipe.model,
+        "--with",
+        "reference",
+        "--dtype",
+        recipe.compute.dtype,
+    ]
+    for option in dataclasses.fields(recipe.render):
+        value = getattr(recipe.render, option.name)
+        if value == option.default:
+            continue
+        name = option.name.replace("_", "-")
+        flags += [f"--render.{name}"] if value is True else [f"--render.{name}", str(value)]
+    return "python launch/annotate.py " + shlex.join(flags)
 
 
 def stored_reference(

@@ -57,7 +57,7 @@ def _tensorboard(path: Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ValueError("log.tensorboard needs the extra: pip install 'mmrlhf-jax[tensorboard]'") from error
+        raise ValueError("log.tensorboard needs the `tensorboard` extra, or: pip install tensorboardX") from error
     return SummaryWriter(str(path))
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mmrlhf_jax.command import UsageError
 from mmrlhf_jax.data.buckets import MAX_BUCKETS, MULTIPLE
 from mmrlhf_jax.data.pipeline import Kept, Mean, Pairing
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions
@@ -40,7 +41,8 @@ class DataConfig:
     multiple: int = MULTIPLE
     """prompt and response slots are multiples of this"""
     slots_per_device: int = 8192
-    """tokens (tiles counted in tokens) a device forwards at once; more fits more groups, and more memory"""
+    """tokens (tiles counted in tokens) a device forwards at once, where more than one group fits; a group is never
+    cut"""
     workers: int = 0
     """processes that decode and tokenize; 0 = threads of this one"""
 
@@ -128,26 +130,29 @@ class Recipe:
             raise ValueError("reference = 'online' costs a second forward that supervised fine-tuning never reads")
 
 
-# what may differ between a run and its resumption: it changes how, not what
+# what may differ between a run and its resumption: it changes how, not what (model and data are held to fingerprints)
 FREE_ON_RESUME = (
-    "mesh", "sharding", "checkpoint", "log", "compute.remat", "compute.attention", "compute.vocab_chunk",
-    "data.workers", "data.max_buckets", "data.multiple", "data.slots_per_device",
+    "model", "dataset", "mesh", "sharding", "checkpoint", "log", "compute.remat", "compute.attention",
+    "compute.vocab_chunk", "data.workers", "data.max_buckets", "data.multiple", "data.slots_per_device",
 )  # fmt: skip
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The `recipe` of a Python file under configs/. Raises ValueError when there is none."""
+    """The `recipe` of a Python file under configs/. Raises UsageError when there is none."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such recipe")
+        raise UsageError(f"{path}: no such recipe")
     spec = importlib.util.spec_from_file_location(f"recipe_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"{path}: {type(error).__name__}: {error}") from error
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
-        raise ValueError(f"{path}: a recipe file defines `recipe = Recipe(...)`; this one does not")
+        raise UsageError(f"{path}: a recipe file defines `recipe = Recipe(...)`; this one does not")
     return recipe
 
 

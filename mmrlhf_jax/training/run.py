@@ -55,7 +55,6 @@ class Checkpoints:
     def __init__(self, directory: Path, config: CheckpointConfig | None = None):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep if config else None,
-            read_only=config is None,
             cleanup_tmp_directories=config is not None,
             enable_async_checkpointing=config is not None,
             create=config is not None,
@@ -110,11 +109,12 @@ def _from_names(leaves: Mapping[str, Any], like: Any) -> Any:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """`assets` is the directory with its config, tokenizer and templates."""
+    """A MODEL in memory; `assets` is the directory with its config, tokenizer and templates."""
 
     config: LlavaOnevisionConfig
     params: LlavaOnevision
     assets: Path
+    step: int | None = None  # of the checkpoint, for a RUN
 
 
 def is_run(model: str) -> bool:
@@ -149,11 +149,12 @@ def load_model(
     checkpoints = Checkpoints(RunDirectory(Path(model)).checkpoints)
     step = checkpoints.latest() if step is None else step
     if step is None or step not in checkpoints.manager.all_steps():
-        raise FileNotFoundError(f"{model}: no checkpoint {'yet' if step is None else step}")
+        have = ", ".join(map(str, checkpoints.manager.all_steps()))
+        raise FileNotFoundError(f"{model}: no checkpoint {f'{step}; there: {have}' if have else 'yet'}")
     declared = with_dtypes(bare, rates, dtype or checkpoints.position(step)["dtypes"])
     params = checkpoints.params(step, nn_params.abstract(declared, mesh, rules))
     checkpoints.close()
-    return LoadedModel(config, params, assets)
+    return LoadedModel(config, params, assets, step)
 
 
 INFERENCE = PartRates(decoder=0.0, projector=0.0, tower=0.0)  # every part as it is stored

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mmrlhf_jax.command import UsageError
 from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute
@@ -31,10 +32,10 @@ from mmrlhf_jax.training.state import (
 
 
 def check_resumable(run: RunDirectory, recipe: Recipe) -> None:
-    """Raises ValueError when the recipe lacks something, or the directory holds something else, or a run whose recipe
-    differs where it matters."""
+    """Raises UsageError when the recipe lacks something, ValueError when the directory holds something else, or a run
+    whose recipe differs where it matters."""
     if missing := [name for name in ("model", "dataset") if not getattr(recipe, name)]:
-        raise ValueError(f"the recipe names no {' and no '.join(missing)}: add --{' ... --'.join(missing)} ...")
+        raise UsageError(f"the recipe names no {' and no '.join(missing)}: add --{' ... --'.join(missing)} ...")
     if run.exists():
         if changed := recipes.differences(json.loads(run.recipe.read_text()), recipe):
             raise ValueError(

@@ -18,12 +18,12 @@ import numpy as np
 import optax
 
 from mmrlhf_jax.batch import EMPTY, Totals
-from mmrlhf_jax.command import CommandError
+from mmrlhf_jax.command import INTERRUPTED, CommandError
 from mmrlhf_jax.data.dataset import open_dataset
 from mmrlhf_jax.data.pipeline import micro_batches
 from mmrlhf_jax.models.llava_onevision.render import load_renderer
 from mmrlhf_jax.nn.sharding import BATCH_AXES, make_mesh, replicated
-from mmrlhf_jax.training.data import describe, plan_data, reference_key, stored_reference
+from mmrlhf_jax.training.data import annotate_command, describe, plan_data, reference_key, stored_reference
 from mmrlhf_jax.training.metrics import Clock, MetricsLog
 from mmrlhf_jax.training.recipe import Recipe
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, load_model, model_fingerprint
@@ -39,8 +39,6 @@ from mmrlhf_jax.training.setup import (
 )
 from mmrlhf_jax.training.state import learning_rate, make_optimizer
 from mmrlhf_jax.training.step import Seen, Sums, make_accumulate, make_apply, make_zero_sums, metric_names
-
-INTERRUPTED = 75  # the exit status that means: run the same command again
 
 
 class NonFiniteStep(CommandError):
@@ -80,8 +78,8 @@ def train(recipe: Recipe, output: str | Path) -> None:
     loader = data.loader
     if recipe.objective.needs_reference and recipe.reference == "stored":
         key = reference_key(fingerprints["model"], renderer, recipe.compute.dtype)
-        annotate = f"python launch/annotate.py --dataset {recipe.dataset} --model {recipe.model} --with reference"
-        loader = dataclasses.replace(loader, reference=stored_reference(dataset, key, data.items, annotate))
+        reference = stored_reference(dataset, key, data.items, annotate_command(recipe))
+        loader = dataclasses.replace(loader, reference=reference)
 
     # --- state: this run's latest checkpoint, else the starting model ------------------------------------------------
     start_run(run, recipe, start, fingerprints)

@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from mmrlhf_jax.data.dataset import open_dataset
-from mmrlhf_jax.data.pipeline import margin_of
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.data.sources.digit_boards import (
     CELL,
@@ -137,7 +136,7 @@ def test_the_world_goes_through_prepare_with_ranks_and_margins_in_claims(world: 
             right = [score(board, question, response.text) for response in group.responses]
             assert [response.score for response in group.responses] == right == sorted(right, reverse=True)
             expected = {(i, j): right[i] - right[j] for i in range(4) for j in range(4) if right[i] > right[j]}
-            found = {(p.chosen, p.rejected): margin_of(group, p.chosen, p.rejected, p.margin) for p in group.pairs}
+            found = {(p.chosen, p.rejected): group.margin(p) for p in group.pairs}
             assert found == expected
 
 

@@ -333,3 +333,29 @@ def test_the_data_side_starts_neither_jax_nor_tensorflow_nor_torch(options: Any)
     )
     command = [sys.executable, "-c", code, options(MIXED).output]
     assert subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout == "\n"
+
+
+class _ShortModel(WordCounter):
+    max_positions = 12
+
+
+def test_what_the_model_cannot_take_is_rejected_without_being_asked(options: Any) -> None:
+    rows = [row(), row(id="long", prompt="word " * 20)]
+    report = prepare(options(rows, renderer=_ShortModel(), max_rejected=1.0))
+    assert report.groups == 1
+    (rejected,) = report.rejected
+    assert "the model's 12 positions: nothing is cut" in rejected.reason
+    assert report.over_max_tokens == 1
+
+
+def test_a_misnamed_picture_column_is_not_taken_for_text(options: Any) -> None:
+    rows = [{**row(image=None), "img": "a.png"}]
+    with pytest.raises(PrepareError, match=r"no row names a picture or video in a column that is read .*'img'"):
+        prepare(options(rows))
+
+
+def test_negative_margins_are_counted(options: Any) -> None:
+    rows = [row(margin=1.5), row(id="r", margin=-2.0)]
+    report = prepare(options(rows, source_options=SourceOptions(margin_column="margin")))
+    assert (report.margins, report.negative_margins) == ((-2.0, -0.25, 1.5), 1)
+    assert "margins    min -2, median -0.25, max 1.5; 1 negative, which MM-DPO takes as 0" in report.lines()

@@ -41,7 +41,7 @@ def test_a_run_on_stored_log_probs_is_a_run_beside_a_frozen_copy(annotated):
 def test_annotating_again_finds_the_work_done(annotated):
     said = run("annotate", "--dataset", annotated.dataset, "--model", annotated.model, "--with", "reference",
                "--dtype", "float32", "--max-buckets", 1)  # fmt: skip
-    assert "0 groups scored" in said
+    assert "done already: 12 stored" in said
 
 
 def test_an_interrupted_annotation_is_finished_not_doubled(annotated):
@@ -65,5 +65,15 @@ def test_an_interrupted_annotation_is_finished_not_doubled(annotated):
 
 def test_log_probs_of_another_rendering_are_not_taken(annotated):
     other = recipe(annotated, render=RenderOptions(two_newlines=True))
-    with pytest.raises(ValueError, match=r"no reference log-probs .* differs in renderer.*annotate\.py --dataset"):
+    with pytest.raises(ValueError, match=r"no reference log-probs .* differs in renderer") as caught:
         train(other, annotated.directory / "law-7-other")
+    command = str(caught.value).split("Make them: ")[1]  # and it is the command that makes just these
+    assert command.endswith("--with reference --dtype float32 --render.two-newlines")
+
+
+def test_log_probs_of_nearly_the_same_weights_are_not_taken(annotated, tmp_path):
+    """A bf16 export of fp32 weights is another model, however close."""
+    run("export", annotated.model, "--output", tmp_path / "rounded", "--dtype", "bfloat16")
+    close = dataclasses.replace(recipe(annotated), model=str(tmp_path / "rounded"))
+    with pytest.raises(ValueError, match=r"no reference log-probs .* differs in model"):
+        train(close, annotated.directory / "law-7-rounded")

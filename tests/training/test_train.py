@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from small_world import ROOT, metrics, run
 
+from mmrlhf_jax.command import UsageError
 from mmrlhf_jax.data.dataset import open_dataset
 from mmrlhf_jax.data.pipeline import MissingMargin, check_margins
 from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, Supervised
@@ -174,10 +175,25 @@ def test_a_group_beyond_the_models_positions_is_refused_before_training(small_wo
     raw = json.loads((short / "config.json").read_text())
     raw["text_config"]["max_position_embeddings"] = 100
     (short / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match=r"more tokens than the model's 100 positions .*--max-tokens 100"):
+    with pytest.raises(ValueError, match=r"more tokens than the model's 100 positions .*Prepare again with --model"):
         train(dataclasses.replace(recipe(small_world), model=str(short)), tmp_path / "run")
 
 
 def test_a_recipe_without_model_or_data_says_what_to_add(tmp_path):
-    with pytest.raises(ValueError, match=r"names no model and no dataset: add --model \.\.\. --dataset"):
+    with pytest.raises(UsageError, match=r"names no model and no dataset: add --model \.\.\. --dataset"):
         train(read_recipe(ROOT / "configs" / "tiny.py"), tmp_path / "run")
+
+
+def test_a_broken_recipe_is_bad_usage_in_one_line(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from mmrlhf_jax.objectives import MMDPO\nrecipe = MMDPO(gama=1)\n")
+    with pytest.raises(UsageError, match=r"mine\.py: TypeError: .*gama"):
+        read_recipe(file)
+
+
+def test_exporting_again_finds_the_work_done_and_overwrites_nothing(small_world, tmp_path):
+    arguments = (small_world.model, "--output", tmp_path / "hf", "--dtype", "float32")
+    assert "wrote" in run("export", *arguments)
+    assert "is written already" in run("export", *arguments)
+    with pytest.raises(AssertionError, match="exists already; name another --output"):
+        run("export", *arguments[:-1], "bfloat16")

@@ -51,6 +51,10 @@ def read_config(directory: str) -> LlavaOnevisionConfig:
     it is not. Format: transformers' LlavaOnevisionConfig and its (pre)processor_config.json.
     """
     path = epath.Path(directory)
+    if not (path / "config.json").exists():
+        raise FileNotFoundError(
+            f"{directory}: no config.json there; a MODEL is a Hugging Face directory, a hub id or a RUN"
+        )
     raw = json.loads((path / "config.json").read_text())
     if raw.get("model_type") != "llava_onevision":
         raise ValueError(

@@ -69,6 +69,10 @@ class LlavaOnevisionRenderer:
     def tokens_per_tile(self) -> int:
         return self.config.tokens_per_tile
 
+    @property
+    def max_positions(self) -> int:
+        return self.config.decoder.max_positions
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over everything `render` reads besides the group."""
@@ -105,7 +109,7 @@ class LlavaOnevisionRenderer:
         _, prompt, tap_index, tap_weight = self._prompt(group)
         responses = self._responses(group)
         longest = max((len(ids) for ids in responses), default=0)
-        most = self.config.decoder.max_positions
+        most = self.max_positions
         if len(prompt) + longest > most:
             raise ValueError(
                 f"{_where(group)}: {len(prompt)} prompt tokens and {longest} of the longest response exceed the "

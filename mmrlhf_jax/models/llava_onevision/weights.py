@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ KEYS = [
 
 EMBEDDING, UNEMBEDDING = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 TOWER = "vision_tower."
+RECORD = "mmrlhf_jax_export.json"
 
 # what makes a directory usable beside its weights; copied from the model a run started from
 ASSETS = (
@@ -87,10 +88,18 @@ def load_params(
     return load(source, declared, KEYS, mesh, rules, ignored=lambda name: tied and name == UNEMBEDDING)
 
 
-def save_directory(params: LlavaOnevision, assets: str | Path, output: str | Path, dtype: str = "float32") -> None:
+def save_directory(
+    params: LlavaOnevision,
+    assets: str | Path,
+    output: str | Path,
+    dtype: str = "float32",
+    *,
+    record: Mapping[str, Any] | None = None,
+) -> None:
     """A complete Hugging Face directory: weights in the hub's spelling beside the assets of the model they came from.
 
-    `output` appears only when whole. Raises FileExistsError when it is already there.
+    `record` says what it was made from, in a file of its own. `output` appears only when whole. Raises FileExistsError
+    when it is already there.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
@@ -106,6 +115,8 @@ def save_directory(params: LlavaOnevision, assets: str | Path, output: str | Pat
     raw["dtype"] = dtype
     (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     write_safetensors(export_tensors(params, KEYS, dtype), partial)
+    if record is not None:
+        (partial / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
     partial.rename(output)
 
 
