@@ -93,7 +93,10 @@ def random_group(config: LlavaOnevisionConfig, command: Step, responses: int) ->
     index[:features, 0], index[features, 0] = np.arange(features), NEWLINE
     weight[: features + 1, 0] = 1
     side = config.tower.image_size
-    tokens = lambda n: rng.integers(2, config.decoder.vocab, n).astype(np.int32)  # noqa: E731
+
+    def tokens(count: int) -> np.ndarray:
+        return rng.integers(2, config.decoder.vocab, count).astype(np.int32)
+
     ones = np.ones(command.response, np.float32)
     return Entry(
         row=0,
@@ -163,7 +166,10 @@ def time_step(command: Step) -> None:
 def _time_one(command: Step, config: LlavaOnevisionConfig, k: int, mesh: Any, step: Any) -> dict[str, Any]:
     group = random_group(config, command, k)
     pairs = as_pairs(group)
-    slots = lambda n: -(-n // 64) * 64  # noqa: E731 - both forms padded alike
+
+    def slots(tokens: int) -> int:  # both forms padded alike
+        return -(-tokens // 64) * 64
+
     shape = (1, slots(command.prompt))
     totals = Totals(len(pairs), sum(command.response for _ in pairs), k * command.response, 1)
     sizes = {"tokens_per_tile": config.tokens_per_tile, "tile_size": config.tower.image_size}

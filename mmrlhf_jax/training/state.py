@@ -93,8 +93,8 @@ def state_shardings(optimizer: optax.GradientTransformation, trainable: Any, fro
     """The shardings of a TrainState, moments lying where their parameters lie; `trainable` and `frozen` are trees of
     ShapeDtypeStructs with shardings, `whole` the replicated sharding."""
     moments = jax.eval_shape(optimizer.init, trainable)
-    place = lambda leaf: leaf.sharding  # noqa: E731
     placed = optax.tree_utils.tree_map_params(
         optimizer, lambda _, like: like.sharding, moments, trainable, transform_non_params=lambda _: whole
     )
-    return TrainState(whole, jax.tree.map(place, trainable), jax.tree.map(place, frozen), placed)
+    here, there = (jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, frozen))
+    return TrainState(whole, here, there, placed)
