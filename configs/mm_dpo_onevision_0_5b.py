@@ -5,7 +5,7 @@ The paper gives the 0.5B model no settings of its own; these are configs/mm_dpo_
 Hardware and meshes. None has been run yet, so no time is claimed:
     1 x GPU of 24 GB or more     (default)
     8 x H100 80 GB               --mesh.fsdp 8
-    v5e-16 / v6e-8               --mesh.fsdp -1
+    v5e-16 / v5p-8 / v6e-8       --mesh.fsdp -1 (all chips share one copy)
 Tied embeddings and 14 heads: `tensor` may be 2 (2 key heads).
 
     python launch/annotate.py --dataset DATASET --model MODEL --with reference
