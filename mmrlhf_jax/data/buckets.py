@@ -95,15 +95,19 @@ def plan_buckets(
 
 
 def _cells(items: ItemLengths, multiple: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct shapes [cells, 3] and each item's cell, rounded coarsely enough that the cells stay few."""
-    lengths = np.stack([items.tiles, items.prompt, items.response], axis=1)
+    """Distinct shapes [cells, 3] and each item's cell: rounded shapes, alike ones taken together till few."""
+    step = np.array([1, multiple, multiple])
+    slots = -(-np.stack([items.tiles, items.prompt, items.response], axis=1) // step) * step
+    coarse = 1
     while True:
-        step = np.array([1, multiple, multiple])
-        rounded = -(-lengths // step) * step
-        shapes, inverse = np.unique(rounded, axis=0, return_inverse=True)
-        if len(shapes) <= _MOST_CELLS:
-            return shapes, inverse.reshape(-1)
-        multiple *= 2
+        _, cell = np.unique(-(-slots // (coarse * step)), axis=0, return_inverse=True)
+        cell = cell.reshape(-1)
+        if cell.max() < _MOST_CELLS:
+            break
+        coarse *= 2
+    shapes = np.zeros((cell.max() + 1, 3), slots.dtype)
+    np.maximum.at(shapes, cell, slots)
+    return shapes, cell
 
 
 def _groups(cost: float, share: float, slots: int, shards: int, groups_per_step: int) -> int:

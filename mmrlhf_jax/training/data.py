@@ -49,7 +49,6 @@ def plan_data(
     config: LlavaOnevisionConfig,
     *,
     shards: int,
-    reference: Mapping[int, np.ndarray] | None = None,
 ) -> RunData:
     """Measures every group and plans the whole run. Raises ValueError where the data cannot serve the objective."""
     groups = list(dataset.groups())
@@ -73,7 +72,6 @@ def plan_data(
         buckets=buckets.buckets,
         selection=selection,
         responses=items.responses,
-        reference=reference,
         part=jax.process_index(),
         parts=jax.process_count(),
     )

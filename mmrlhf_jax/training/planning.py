@@ -1,4 +1,4 @@
-"""A recipe's step, compiled ahead of time from shapes alone: for tests, and for machines that are not here.
+"""A recipe's gradient step, compiled ahead of time from shapes alone: for tests, and for machines that are not here.
 
 Nothing is allocated: parameters, gradients and batches are ShapeDtypeStructs with shardings.
 """
@@ -19,8 +19,8 @@ from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import batch_sharding, replicated
 from mmrlhf_jax.training.recipe import Recipe
 from mmrlhf_jax.training.setup import compute_of
-from mmrlhf_jax.training.state import TrainState, make_optimizer, partition, rate_of, state_shardings, with_dtypes
-from mmrlhf_jax.training.step import Sums, make_accumulate, make_apply, metric_names
+from mmrlhf_jax.training.state import partition, rate_of, with_dtypes
+from mmrlhf_jax.training.step import Sums, make_accumulate, metric_names
 
 
 def abstract_batch(bucket: Bucket, responses: int, config: LlavaOnevisionConfig, mesh: Mesh) -> GroupBatch:
@@ -69,25 +69,6 @@ def lower_accumulate(
     with jax.set_mesh(mesh):
         traced = step.trace(trainable, frozen, None, sums, abstract_batch(bucket, responses, config, mesh), key)
         return traced.lower(lowering_platforms=(platform,) if platform else None)
-
-
-def lower_apply(recipe: Recipe, config: LlavaOnevisionConfig, mesh: Mesh, *, steps: int = 1000) -> Any:
-    """`apply`, traced and lowered."""
-    trainable, frozen = _abstract_params(recipe, config, mesh)
-    optimizer = make_optimizer(recipe.optimizer, steps)
-    shardings = state_shardings(optimizer, trainable, frozen, replicated(mesh))
-    shapes = jax.eval_shape(
-        lambda trainable, frozen: TrainState(jnp.zeros((), jnp.int32), trainable, frozen, optimizer.init(trainable)),
-        trainable,
-        frozen,
-    )
-    state = jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, shardings)
-    sums = Sums(
-        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), trainable),
-        {name: jax.ShapeDtypeStruct((), jnp.float32) for name in metric_names(recipe.objective)},
-    )
-    with jax.set_mesh(mesh):
-        return make_apply(optimizer, state_sharding=shardings).trace(state, sums).lower()
 
 
 def _abstract_params(recipe: Recipe, config: LlavaOnevisionConfig, mesh: Mesh) -> tuple[Any, Any]:

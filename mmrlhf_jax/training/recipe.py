@@ -126,6 +126,8 @@ class Recipe:
             raise ValueError("data.responses = 'best' is for supervised fine-tuning; a preference needs both sides")
         if supervised and self.data.pairing == "pairs":
             raise ValueError("data.pairing = 'pairs' is for preference objectives; supervised fine-tuning has no pairs")
+        if supervised and self.data.mean != "pairs":
+            raise ValueError("data.mean = 'groups' weighs pairs; supervised fine-tuning is a mean over tokens")
         if supervised and self.reference == "online":
             raise ValueError("reference = 'online' costs a second forward that supervised fine-tuning never reads")
 

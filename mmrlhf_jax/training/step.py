@@ -50,17 +50,16 @@ def loss_and_metrics(
     log-probs."""
     logp, entropy = response_logps(params, config, batch, compute)
     scored = batch.loss_weight != 0
-    logp = jnp.where(scored, batch.loss_weight * logp, 0.0)  # padding may hold anything
+    logp = jnp.where(scored, logp, 0.0)  # padding may hold anything
     totals = StepTotals(
         pair_weight=batch.total_pairs,
         chosen_tokens=batch.total_chosen_tokens,
         tokens=batch.total_tokens,
         groups=batch.total_groups,
     )
-    summed = branch_sums(logp, batch)
+    summed = branch_sums(batch.loss_weight * logp, batch)
     if isinstance(objective, Supervised):
-        unweighted = jnp.where(scored, logp / jnp.where(scored, batch.loss_weight, 1.0), 0.0)
-        loss, metrics = objective(SupervisedInputs(unweighted, batch.loss_weight, totals))
+        loss, metrics = objective(SupervisedInputs(logp, batch.loss_weight, totals))
     else:
         reference_logp = batch.reference_logp
         if reference is not None:

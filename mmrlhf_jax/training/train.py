@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def train(recipe: Recipe, output: str | Path) -> None:
     loader = data.loader
     if recipe.objective.needs_reference and recipe.reference == "stored":
         key = reference_key(fingerprints["model"], renderer, recipe.compute.dtype)
-        reference = stored_reference(dataset, key, data.items, annotate_command(recipe))
-        loader = dataclasses.replace(loader, reference=reference)
+        stored = stored_reference(dataset, key, data.items, annotate_command(recipe))
+        loader = dataclasses.replace(loader, reference=stored)
 
     # --- state: this run's latest checkpoint, else the starting model ------------------------------------------------
     start_run(run, recipe, start, fingerprints)
@@ -103,7 +104,8 @@ def train(recipe: Recipe, output: str | Path) -> None:
     log = MetricsLog(run.metrics, first_step=first_step, steps=data.plan.steps, tensorboard=tensorboard)
     clock, sums, seen, pending = Clock(), None, [], None
     batches = micro_batches(data.plan, loader, first_step=first_step, workers=recipe.data.workers)
-    with jax.set_mesh(mesh), stop_signals() as stop:
+    # closing the checkpoints waits for the one being written, however the loop ends
+    with closing(checkpoints), closing(log), jax.set_mesh(mesh), stop_signals() as stop:
         for micro, host_batch in clock.waiting(batches):
             batch = to_devices(host_batch, mesh)
             key = jax.device_put(jax.random.fold_in(jax.random.key(recipe.seed), micro.step), replicated(mesh))
@@ -125,11 +127,7 @@ def train(recipe: Recipe, output: str | Path) -> None:
                 pending = None
                 checkpoints.save(state, {"step": done, **position})
             if stop.is_set() and done < data.plan.steps:
-                checkpoints.close()
-                log.close()
                 raise CommandError(f"interrupted after step {done}; run the same command to go on", INTERRUPTED)
-    checkpoints.close()
-    log.close()
     run.complete.write_text(json.dumps({"steps": data.plan.steps}) + "\n")
     print(f"done: {data.plan.steps} steps, checkpoint {run.checkpoints / str(data.plan.steps)}")
 
@@ -160,6 +158,6 @@ def _record(
         **lap,
         "pairs_per_second": totals.pairs / lap["seconds"],
         "groups_per_second": totals.groups / lap["seconds"],
-        "tokens_per_second": totals.tokens / lap["seconds"],
+        "response_tokens_per_second": totals.tokens / lap["seconds"],
         "rows": sorted(int(row) for row in rows),
     }
