@@ -14,9 +14,9 @@ from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.objectives import DPO
+from mmrlhf_jax.training.model import load_model
 from mmrlhf_jax.training.planning import lower_accumulate
 from mmrlhf_jax.training.recipe import ComputeConfig, Recipe
-from mmrlhf_jax.training.run import load_model
 from mmrlhf_jax.training.state import PartRates
 
 LAYOUTS = {"one": (1, ()), "fsdp": (8, ()), "mixed": (8, ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2))}
