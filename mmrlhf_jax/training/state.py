@@ -78,7 +78,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         return map_named(lambda name, u: u * rate_of(name, config.rates), updates)
 
     def matrices(params: Any) -> Any:
-        return map_named(lambda name, _: name.endswith(("kernel", "embedding")), params)
+        # a tower's positions are an embedding table and the newline a row of one, as transformers' Trainer decays them
+        return map_named(lambda name, _: name.endswith(("kernel", "embedding", "position", "newline")), params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
