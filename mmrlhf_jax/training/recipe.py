@@ -68,7 +68,7 @@ class OptimizerConfig:
     """share of all steps over which the rate rises from 0"""
     rates: PartRates = PartRates()
     weight_decay: float = 0.0
-    """on kernels and embedding tables only, never on norms and biases"""
+    """on kernels and embeddings (tokens, a tower's positions, the newline) only, never on norms and biases"""
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8

@@ -84,7 +84,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         return map_named(lambda name, u: u * rate_of(name, config.rates), updates)
 
     def matrices(params: Any) -> Any:
-        return map_named(lambda name, _: name.endswith(("kernel", "embedding")) or is_adapter(name), params)
+        # a tower's positions are an embedding table and the newline a row of one, as transformers' Trainer decays them
+        decays = ("kernel", "embedding", "position", "newline")
+        return map_named(lambda name, _: name.endswith(decays) or is_adapter(name), params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

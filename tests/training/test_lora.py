@@ -183,5 +183,5 @@ def test_a_run_without_adapters_has_none_to_export(small_world, tmp_path):
 
 
 def test_lora_off_needs_lora(small_world):
-    with pytest.raises(ValueError, match="reference = 'lora_off' needs adapters to switch off: set lora.rank"):
+    with pytest.raises(ValueError, match=r"reference = .lora_off. needs adapters to switch off: set lora.rank"):
         recipe(small_world, lora=LoraConfig())
