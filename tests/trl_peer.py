@@ -22,8 +22,8 @@ from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.models.llava_onevision.weights import canonical, save_directory
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.objectives import DPO
-from mmrlhf_jax.training.recipe import ComputeConfig, DataConfig, OptimizerConfig, PartRates, Recipe
 from mmrlhf_jax.training.model import load_model
+from mmrlhf_jax.training.recipe import ComputeConfig, DataConfig, OptimizerConfig, PartRates, Recipe
 from mmrlhf_jax.training.train import train
 
 # Answers best first. Any-res pictures of several shapes, two pictures in one prompt, none; every answer another length.
