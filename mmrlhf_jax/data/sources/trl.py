@@ -76,7 +76,7 @@ def _split(fields: dict[str, Any], markers: bool) -> tuple[list[Message], str, s
     prompt, chosen, rejected = fields.get("prompt"), fields["chosen"], fields["rejected"]
     lists = isinstance(chosen, list) and isinstance(rejected, list)
     if prompt is None and not lists:
-        raise RowError("there is no 'prompt', and 'chosen' and 'rejected' are not both conversations that begin with it")
+        raise RowError("there is no 'prompt', nor are 'chosen' and 'rejected' conversations that begin with one")
     if prompt is None or (isinstance(prompt, str) and lists and max(len(chosen), len(rejected)) > 1):
         first, second = _messages(chosen, "'chosen'", markers), _messages(rejected, "'rejected'", markers)
         if first == second:
