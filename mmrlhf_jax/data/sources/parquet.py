@@ -1,4 +1,8 @@
-"""Rows of a parquet file, a few at a time: columns of pictures may be far larger than memory."""
+"""Rows of a parquet file, a few at a time: columns of pictures may be far larger than memory.
+
+What is held at once is a batch of rows and, of each column, one page; a page is never more than a row group, and
+`datasets` writes row groups of some hundred pictures.
+"""
 
 from __future__ import annotations
 
