@@ -11,6 +11,7 @@ import pytest
 from data_samples import row, sorted_out, write_parquet, write_rows
 
 from mmrlhf_jax.data.sources import parquet, read_source
+from mmrlhf_jax.data.sources import rows as rows_module
 from mmrlhf_jax.data.sources.rows import Rejected, Row, SourceError, read_rows
 from mmrlhf_jax.groups import Origin
 
@@ -47,6 +48,16 @@ def test_a_bad_row_costs_only_itself(tmp_path: Path) -> None:
         3: "NUL character in text",
         4: {"text": "good"},
     }
+
+
+def test_a_text_too_long_for_a_row_is_passed_over_and_a_picture_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows_module, "MAX_ROW_BYTES", 200)
+    rows = [{"texts": ["x" * 150, "y" * 51], "data": b""}, {"texts": ["x"], "data": b"z" * 300}]
+    first, second = lines(write_parquet(tmp_path / "in.parquet", rows))
+    assert first == Rejected(Origin(str(tmp_path / "in.parquet"), 1), "texts of the row are over 200 characters")
+    assert isinstance(second, Row)
 
 
 def test_a_large_row_group_is_never_whole_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,19 @@ def test_columns_and_tags_may_have_other_names(read: Any) -> None:
     assert remarks == {}
 
 
+def test_a_preference_or_an_id_that_map_names_is_in_every_row(read: Any) -> None:
+    mapping = {"chosen": "chosen", "rejected": "rejected", "id": "id", "images": "images"}
+    lines = [
+        row(id=1),
+        row(rejected=None, chosen=None, id=2),
+        row(),
+        row(id=4, images=None, conversations=[human("a")]),
+    ]
+    groups, rejected, _ = read(lines, mapping=mapping)
+    assert [group.id for group in groups] == ["1", "4"]
+    assert rejected == {2: "chosen=chosen is missing", 3: "id=id is missing"}
+
+
 def test_without_a_preference_the_last_answer_is_the_response(read: Any) -> None:
     one = supervised(human("<image>What?"), gpt("A cat."), images=["a.png"])
     more = supervised(human("What?"), gpt("A cat."), human("Sure?"), gpt("Yes."))

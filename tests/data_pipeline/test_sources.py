@@ -191,7 +191,7 @@ def test_an_oversized_row_is_passed_over(read: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 200)
     (group,), rejected, _ = read([row(prompt="x" * 3_000_000), row()])
     assert group.origins[0].line == 2
-    assert rejected == {1: "row is over 200 bytes: pictures belong in files, not in rows"}
+    assert rejected == {1: "row is over 200 bytes: large pictures belong in files"}
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_matter(read: Any) -> None:

@@ -110,7 +110,7 @@ def _line_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
         if len(line) > MAX_ROW_BYTES:
             while not line.endswith(b"\n") and (line := stream.readline(2**20)):
                 pass  # pass over the rest of the line without holding it
-            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: pictures belong in files, not in rows")
+            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: large pictures belong in files")
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -152,7 +152,7 @@ def _array_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
                 f"{origin}: broken JSON array ({error}); save the rows as JSON lines, where one bad row costs one row"
             ) from error
         if end - at > MAX_ROW_BYTES:
-            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: pictures belong in files, not in rows")
+            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: large pictures belong in files")
         else:
             yield _parse(origin, text[at:end].encode("utf-8", "surrogatepass"))
         at = _skip(text, after + 1) if text.startswith(",", after) else after
@@ -167,11 +167,22 @@ def _parquet_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
             try:
                 if isinstance(fields, str):
                     raise RowError(fields)
+                if _characters(fields) > MAX_ROW_BYTES:
+                    raise RowError(f"texts of the row are over {MAX_ROW_BYTES} characters")
                 yield Row(origin, _object(fields))
             except RowError as error:
                 yield Rejected(origin, str(error))
     except ParquetError as error:
         raise SourceError(f"{file}: {error}") from error
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in it; bytes are pictures, which have a bound of their own."""
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 0
 
 
 def _skip(text: str, at: int) -> int:

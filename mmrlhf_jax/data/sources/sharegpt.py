@@ -45,6 +45,7 @@ from mmrlhf_jax.data.sources.rows import (
 COLUMNS = ("messages", "chosen", "rejected", "images", "videos", "system", "id")
 TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag")
 TARGETS = (*COLUMNS, *TAGS)
+NOT_OPTIONAL = ("chosen", "rejected", "id")  # where --map names them; media and system may be absent from a row
 REFUSED = ("tools", "audios")
 EARLIER_TURNS = "earlier answers of the conversation are prompt: only the last one is trained on"
 
@@ -84,6 +85,9 @@ def _check(row: Row, options: SourceOptions) -> PairRow:
         if fields.get(column):
             raise RowError(f"{column!r} are set: conversations with {column} are not read")
     found = {target: fields.get(mapping.get(target, target)) for target in COLUMNS}
+    for target in NOT_OPTIONAL:
+        if target in mapping and found[target] is None:
+            raise RowError(f"{target}={mapping[target]} is missing")
     messages = _conversation(fields, mapping)
     if not (messages and messages[0].role == "system"):
         system = optional_text_of(found["system"], "'system'")
