@@ -255,6 +255,20 @@ def test_lines_of_objects_can_be_bounded(gs: str) -> None:
         assert stream.read() == b"a" * 10 + b"\nshort\n"
 
 
+def test_what_the_store_answers_is_an_error_of_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answering(message: str) -> Any:
+        def cat_file(name: str, start: int, end: int) -> bytes:
+            raise RuntimeError(message)  # gcsfs's own HttpError is no OSError either
+
+        return lambda path: (SimpleNamespace(cat_file=cat_file), path)
+
+    monkeypatch.setattr(storage.fsspec.core, "url_to_fs", answering("Requested range not satisfiable, 416"))
+    assert storage.read_bytes("gs://b/empty", 10) == b""
+    monkeypatch.setattr(storage.fsspec.core, "url_to_fs", answering("Invalid Credentials, 401"))
+    with pytest.raises(OSError, match="gs://b/secret: Invalid Credentials, 401"):
+        storage.read_bytes("gs://b/secret", 10)
+
+
 def test_a_path_nothing_can_read_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match="nowhere://x is neither a local path nor gs://"):
         storage.to_path("nowhere://x")
