@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from http import HTTPStatus
 from http.server import HTTPServer
 from typing import Any
 
@@ -19,6 +20,41 @@ BUCKET = "bucket"
 class _Server(HTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hangs up before it has read everything is no news."""
+
+
+def _answer_as_google_does() -> None:
+    """What the emulator leaves out and orbax' store relies on: the generation of what is read, and refusing to
+    overwrite another generation than the one stated (https://cloud.google.com/storage/docs/request-preconditions)."""
+    from gcp_storage_emulator import server
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import objects
+
+    plain_download, plain_insert = objects.download, objects.insert
+
+    def generation(storage: Any, bucket: str, name: str) -> str:
+        try:
+            return str(storage.get_file_obj(bucket, name)["generation"])
+        except NotFound:
+            return "0"
+
+    def download(request: Any, response: Any, storage: Any, *more: Any, **named: Any) -> None:
+        plain_download(request, response, storage, *more, **named)
+        if response.status in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+            of = generation(storage, request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = of
+
+    def insert(request: Any, response: Any, storage: Any, *more: Any, **named: Any) -> Any:
+        (wanted, *_), (name, *_) = (request.query.get(key, [""]) for key in ("ifGenerationMatch", "name"))
+        if wanted and name and wanted != generation(storage, request.params["bucket_name"], name):
+            _ = request.data  # read, or the connection is out of step
+            response.status = HTTPStatus.PRECONDITION_FAILED
+            return None
+        return plain_insert(request, response, storage, *more, **named)
+
+    objects.download, objects.insert = download, insert
+    ours = {plain_download: download, plain_insert: insert}
+    for _, methods in server.HANDLERS:
+        methods.update({verb: ours[handler] for verb, handler in methods.items() if handler in ours})
 
 
 @contextmanager
@@ -35,6 +71,7 @@ def object_store() -> Iterator[None]:
     from gcp_storage_emulator.storage import Storage
 
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)
+    _answer_as_google_does()
     storage = Storage(use_memory_fs=True)
     create_bucket(BUCKET, storage)
     server = _Server(("127.0.0.1", 0), partial(RequestHandler, storage))

@@ -3,6 +3,7 @@ and where its time went."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import time
@@ -54,6 +55,26 @@ class MetricsLog:
     def close(self) -> None:
         for sink in self._sinks:
             sink.close()
+
+
+def check_log(run: RunDirectory, config: LogConfig) -> None:
+    """Raises ValueError, before hours of work, for a sink that cannot be opened."""
+    if config.tensorboard and is_remote(run.path):
+        raise ValueError(f"log.tensorboard writes local files, {run.path} is a bucket: use log.wandb or metrics.jsonl")
+    for asked, package, extra in (
+        (config.tensorboard, "tensorboardX", "tensorboard"),
+        (config.wandb, "wandb", "wandb"),
+    ):
+        if asked and not _installed(package):
+            raise ValueError(f"log.{extra} needs the `{extra}` extra, or: pip install {package}")
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        return False
+    return True
 
 
 def open_log(run: RunDirectory, config: LogConfig, settings: Record, *, first_step: int, steps: int) -> MetricsLog:
@@ -149,14 +170,8 @@ class ProgressBar:
 
 class TensorBoard:
     def __init__(self, directory: epath.Path):
-        if is_remote(directory):
-            raise ValueError(
-                f"log.tensorboard writes local files, {directory} is a bucket: use log.wandb or metrics.jsonl"
-            )
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ValueError("log.tensorboard needs the `tensorboard` extra, or: pip install tensorboardX") from error
+        from tensorboardX import SummaryWriter
+
         self._writer = SummaryWriter(str(directory))
 
     def step(self, record: Record) -> None:
@@ -176,10 +191,8 @@ class Wandb:
     """One W&B run a RUN directory, gone on with when the RUN is."""
 
     def __init__(self, project: str, path: epath.Path, settings: Record, first_step: int):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError("log.wandb needs the `wandb` extra, or: pip install wandb") from error
+        import wandb
+
         identity = path / "wandb.json"
         known = json.loads(identity.read_text())["id"] if identity.exists() else None
         where = {} if is_remote(path) else {"dir": str(path)}

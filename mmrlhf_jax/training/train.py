@@ -32,7 +32,7 @@ from mmrlhf_jax.training.best import best_trained, is_best, ran_out_of_patience
 from mmrlhf_jax.training.data import describe, measure_data, plan_data, plan_held_out, with_reference
 from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, say
 from mmrlhf_jax.training.held_out import check_metric, make_evaluate
-from mmrlhf_jax.training.metrics import Clock, MetricsLog, open_log
+from mmrlhf_jax.training.metrics import Clock, MetricsLog, check_log, open_log
 from mmrlhf_jax.training.model import load_model, model_fingerprint, with_fresh_adapters
 from mmrlhf_jax.training.planning import memory_advice
 from mmrlhf_jax.training.recipe import INFERENCE, Recipe, flatten
@@ -63,6 +63,7 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     """
     run = RunDirectory.at(output)
     check_resumable(run, recipe)
+    check_log(run, recipe.log)
     check_metric(recipe.evaluation.metric, recipe.objective)
     profiler = Profiler(run.path / "profile", parse_profile(recipe.log.profile))
     if run.complete.exists():
