@@ -3,10 +3,10 @@
 Not in the paper, which trains all of decoder and projector (configs/mm_dpo_onevision_7b.py; beta, w, k, gamma, frames
 and batch are that recipe's). Rank, alpha and rate are common choices for LoRA of this model, not tuned here. The
 reference is the policy without its adapters: no second model and no log-probs to prepare. Checkpoints hold the adapters
-and their moments only, some hundred MB.
+and their moments only, 2 GB.
 
 Hardware. Not run yet, so no time is claimed:
-    1 x H100 80 GB       (default; weights 16 GB in bf16, adapters and moments 2 GB)
+    1 x H100 80 GB       (default; weights 16 GB in bf16, adapters with gradients and moments 2.6 GB)
     8 x GPU of 40 GB     --mesh.fsdp 8
     v5e-8 / v6e-8        --mesh.fsdp 8
 

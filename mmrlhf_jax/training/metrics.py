@@ -83,7 +83,7 @@ def open_log(run: RunDirectory, config: LogConfig, settings: Record, *, first_st
     if config.tensorboard:
         sinks.append(TensorBoard(run.path / "tensorboard"))
     if config.wandb:
-        sinks.append(Wandb(config.wandb, run.path, settings, first_step))
+        sinks.append(Wandb(config.wandb, run.path, settings))
     return MetricsLog(sinks)
 
 
@@ -190,14 +190,18 @@ class TensorBoard:
 class Wandb:
     """One W&B run a RUN directory, gone on with when the RUN is."""
 
-    def __init__(self, project: str, path: epath.Path, settings: Record, first_step: int):
+    def __init__(self, project: str, path: epath.Path, settings: Record):
         import wandb
 
         identity = path / "wandb.json"
         known = json.loads(identity.read_text())["id"] if identity.exists() else None
-        where = {} if is_remote(path) else {"dir": str(path)}
         self._run = wandb.init(
-            project=project, id=known, resume="allow", name=path.name, config=dict(settings), **where
+            project=project,
+            id=known,
+            resume="allow",
+            name=path.name,
+            config=dict(settings),
+            dir=None if is_remote(path) else str(path),
         )
         write_text(identity, json.dumps({"id": self._run.id}) + "\n")
         # lines of steps done again after a crash carry their own step, W&B's counter only ever rises
