@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from etils import epath
 
 from mmrlhf_jax.command import run_command
 from mmrlhf_jax.models.llava_onevision.weights import RECORD, save_directory
@@ -22,7 +23,7 @@ class Export:
     """Write a RUN (or any MODEL) as a Hugging Face directory that transformers, vLLM and lmms-eval load."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """a RUN, a Hugging Face directory or a hub id"""
+    """a RUN, a Hugging Face directory or a hub id, in llava-hf's layout or lmms-lab's"""
     output: str
     """the directory to make; it appears only when whole"""
     step: int | None = None
@@ -39,7 +40,7 @@ def main() -> None:
         command.model, make_mesh(MeshConfig()), ShardingRules(), rates=whole, dtype="float32", step=command.step
     )
     record = {"weights": model_fingerprint(model.config, model.params), "step": model.step, "dtype": command.dtype}
-    written = Path(command.output) / RECORD
+    written = epath.Path(command.output) / RECORD
     if written.exists() and json.loads(written.read_text()) == record:
         print(f"{command.output} is written already")
         return

@@ -20,10 +20,12 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.sharding import Mesh
 
 from mmrlhf_jax.models.llava_onevision import weights
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
+from mmrlhf_jax.models.llava_onevision.lmms_lab import assets_directory
 from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision, declare
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import ShardingRules
@@ -113,7 +115,7 @@ class LoadedModel:
 
     config: LlavaOnevisionConfig
     params: LlavaOnevision
-    assets: Path
+    assets: epath.Path
     step: int | None = None  # of the checkpoint, for a RUN
 
 
@@ -121,9 +123,9 @@ def is_run(model: str) -> bool:
     return RunDirectory(Path(model)).exists()
 
 
-def assets_of(model: str) -> Path:
+def assets_of(model: str) -> epath.Path:
     """The directory of a MODEL's config, tokenizer and templates; downloads a hub id's files."""
-    return RunDirectory(Path(model)).model if is_run(model) else weights.resolve(model)
+    return epath.Path(RunDirectory(Path(model)).model) if is_run(model) else assets_directory(weights.resolve(model))
 
 
 def load_model(
@@ -144,8 +146,9 @@ def load_model(
     config = read_config(str(assets))
     bare = declare(config)
     if not is_run(model):
-        declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(assets, bare))
-        return LoadedModel(config, weights.load_params(assets, declared, config, mesh, rules), assets)
+        directory = weights.resolve(model)
+        declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(directory, bare))
+        return LoadedModel(config, weights.load_params(directory, declared, config, mesh, rules), assets)
     checkpoints = Checkpoints(RunDirectory(Path(model)).checkpoints)
     step = checkpoints.latest() if step is None else step
     if step is None or step not in checkpoints.manager.all_steps():
