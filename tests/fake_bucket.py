@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import fsspec
+import os
+
+from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
 
@@ -24,11 +26,13 @@ class FakeBucket(MemoryFileSystem):
         return super().open(path, mode, **options)
 
 
-def install() -> type[FakeBucket]:
-    """Makes gs:// this; empty."""
-    for name in FakeBucket.protocol:
-        fsspec.register_implementation(name, FakeBucket, clobber=True)
-    FakeBucket.store.clear()
-    FakeBucket.pseudo_dirs[:] = [""]
-    FakeBucket.written.clear()
-    return FakeBucket
+def install(monkeypatch) -> FakeBucket:
+    """Makes gs:// an empty bucket for one test."""
+    bucket, others = FakeBucket(), backend.fsspec_backend.fs
+    bucket.store.clear()
+    bucket.pseudo_dirs[:] = [""]
+    bucket.written.clear()
+    monkeypatch.setattr(
+        backend.fsspec_backend, "fs", lambda path: bucket if os.fspath(path).startswith("gs://") else others(path)
+    )
+    return bucket

@@ -23,8 +23,8 @@ REMOTE = "gs://bucket/models/tiny"
 
 
 @pytest.fixture
-def bucket():
-    return fake_bucket.install()
+def bucket(monkeypatch):
+    return fake_bucket.install(monkeypatch)
 
 
 @pytest.fixture
