@@ -17,7 +17,8 @@ from mmrlhf_jax.models.llava_onevision.render import load_renderer
 from mmrlhf_jax.models.llava_onevision.weights import RECORD, copy_assets, save_directory
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-from mmrlhf_jax.training.run import INFERENCE, load_model
+from mmrlhf_jax.training.model import load_model
+from mmrlhf_jax.training.recipe import INFERENCE
 
 REMOTE = "gs://bucket/models/tiny"
 

@@ -27,7 +27,8 @@ from mmrlhf_jax.models.llava_onevision.weights import KEYS, save_directory
 from mmrlhf_jax.models.qwen2.config import Qwen2Config
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-from mmrlhf_jax.training.run import INFERENCE, LoadedModel, load_model, model_fingerprint
+from mmrlhf_jax.training.model import LoadedModel, load_model, model_fingerprint
+from mmrlhf_jax.training.recipe import INFERENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT / ".." / "shared" / "oracles" / "keys"
