@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -28,7 +29,8 @@ from mmrlhf_jax.models.qwen2.config import Qwen2Config
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.model import LoadedModel, load_model, model_fingerprint
-from mmrlhf_jax.training.recipe import INFERENCE
+from mmrlhf_jax.training.recipe import INFERENCE, read_recipe
+from mmrlhf_jax.training.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT / ".." / "shared" / "oracles" / "keys"
@@ -274,3 +276,20 @@ def test_a_tokenizer_must_be_there_and_be_qwen2_s(copy):
     (copy / "tokenizer_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="no tokenizer there"):
         load(copy)
+
+
+# --- used as any other MODEL --------------------------------------------------------------------------------------
+
+
+def test_a_run_that_starts_from_it_is_its_twin_s_run(small_world, tmp_path):
+    model = write_original(Path(small_world.model), tmp_path / "original")
+    tiny = read_recipe(ROOT / "configs" / "tiny.py")
+    data = dataclasses.replace(tiny.data, max_steps=2, max_buckets=1)
+    finals = []
+    for name, start in (("a", str(model)), ("b", small_world.model)):
+        recipe = dataclasses.replace(tiny, model=start, dataset=small_world.dataset, reference="online", data=data)
+        train(recipe, tmp_path / name)
+        finals.append(load(tmp_path / name))
+    assert (tmp_path / "a" / "model" / "processor_config.json").exists()  # a run carries what it needs
+    for (at, ours), (_, theirs) in zip(*(named_leaves(final.params) for final in finals), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=at)
