@@ -142,10 +142,10 @@ def load(
 ) -> Tree:
     """The parameters in their shards, in the dtypes of the declaration.
 
-    Each of their tensors is read once, only the rows whose parts this process holds, and its parts go to their devices
-    before the next is read. So the host holds one tensor and one device's part of it besides what the devices hold, and
-    a copy of HELD_BYTES at most for parameters smaller than that. Every process runs the same programs in the same
-    order; none of them communicates.
+    Each of their tensors is read once, only the rows whose parts this process holds, and its parts are on their devices
+    before the next is read. So besides what the devices hold, the host holds one tensor and its parts at most, or a
+    whole parameter no larger than HELD_BYTES. Every process runs the same programs in the same order; none of them
+    communicates.
     """
     expected = expected_tensors(declared, keys)
     check(source, expected, ignored)
@@ -218,8 +218,7 @@ def _place(source: SafetensorsDirectory, item: Expected, sharding: NamedSharding
     for held in devices.values():
         part = np.ascontiguousarray(array[held[0][1]].astype(travels, copy=False))
         parts += [jax.device_put(part, device) for device, _ in held]
-        jax.block_until_ready(parts)
-    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+    return jax.make_array_from_single_device_arrays(shape, sharding, jax.block_until_ready(parts))
 
 
 def _bounds(index: Any) -> tuple:

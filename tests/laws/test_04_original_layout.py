@@ -20,7 +20,7 @@ from tiny import TINY, random_params, write_tiny_directory
 from mmrlhf_jax.groups import Group, Media, Origin, Response, Turn
 from mmrlhf_jax.models import key_table
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
-from mmrlhf_jax.models.llava_onevision.lmms_lab import assets_directory
+from mmrlhf_jax.models.llava_onevision.lmms_lab import assets_directory, read_original
 from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.models.llava_onevision.names import REWARD_HEAD, canonical
 from mmrlhf_jax.models.llava_onevision.render import load_renderer
@@ -34,7 +34,7 @@ from mmrlhf_jax.training.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT / ".." / "shared" / "oracles" / "keys"
-CHOICE = {"heads": 14, "kv_heads": 2, "head_dim": 64, "layers": 24, "mlp": 4864}
+SMALL = {"heads": 14, "kv_heads": 2, "head_dim": 64, "layers": 24, "mlp": 4864}
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_the_released_models_fit_with_nothing_missing_or_surplus(listing):
     head = {name for name in tensors if name.startswith(REWARD_HEAD)}
     assert len(head) == (4 if "reward" in listing else 0)
     vocab, embed = tensors["model.embed_tokens.weight"]
-    shape = CHOICE if embed == 896 else {}
+    shape = SMALL if embed == 896 else {}
     decoder = Qwen2Config(vocab=vocab, embed=embed, tied="lm_head.weight" not in tensors, **shape)
     source = SimpleNamespace(
         directory=listing,
@@ -198,6 +198,31 @@ def test_the_released_models_fit_with_nothing_missing_or_surplus(listing):
     expected = key_table.expected_tensors(declare(LlavaOnevisionConfig(decoder=decoder)), KEYS)
     key_table.check(source, expected, head.__contains__)
     assert {item.name for item in expected} == set(source.where) - head
+
+
+def test_the_released_7b_s_config_is_read_as_what_it_is():
+    file = SHARED / "lmms-lab-7b.json"
+    if not file.exists():
+        pytest.skip("the hub's key listings lie in the shared folder beside the repository, which is not here")
+    tensors = json.loads(file.read_text())["tensors"]
+    source = SimpleNamespace(
+        where={canonical(name): name for name in tensors}, shape=lambda name: tuple(tensors[source.where[name]])
+    )
+    raw = {
+        **original_config(),
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "image_grid_pinpoints": [[384 * w, 384 * h] for w in range(1, 7) for h in range(1, 7)],
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
+    }
+    del raw["vision_config"]
+    ids = {"<image>": 151646, "<video>": 151647}
+    assert read_original(epath.Path("7b"), raw, source, ids) == LlavaOnevisionConfig()
 
 
 # --- what is not served -------------------------------------------------------------------------------------------
@@ -228,7 +253,10 @@ def test_the_released_models_fit_with_nothing_missing_or_surplus(listing):
         ("vision_config", ..., "mm_vision_tower = 'google/siglip-tiny', supported: 'siglip-so400m-patch14-384'"),
         ("vision_config", {"image_size": 42}, "vision_config must state num_attention_heads and image_size"),
         ("hidden_size", "32", "hidden_size: a positive number is needed"),
-        ("rope_theta", ..., "rope_theta is needed"),
+        ("rope_theta", ..., "rope_theta: a number is needed"),
+        ("rms_norm_eps", "small", "rms_norm_eps: a number is needed"),
+        ("num_attention_heads", 3, "do not divide"),
+        ("vision_config", [], "vision_config must state"),
         ("vocab_size", 260, "<image> would be id 259 and <video> would be id 260: 261 rows are needed"),
         ("is_rm", True, r"a reward model \(is_rm in config.json"),
         ("architectures", ["LlavaForConditionalGeneration"], "model_type is 'llava'; supported"),

@@ -52,6 +52,8 @@ _SERVED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", _ABSENT),
     "use_sliding_window": (False, _ABSENT),
     "rope_scaling": (None, _ABSENT),
+    "rope_parameters": (None, _ABSENT),  # newer than the original code
+    "head_dim": (None, _ABSENT),
     "quantization_config": (None, _ABSENT),
 }
 
@@ -143,20 +145,22 @@ def _decoder(file: epath.Path, raw: dict[str, Any]) -> Qwen2Config:
     )  # fmt: skip
     if bad := [name for name in names if type(raw.get(name)) is not int or raw[name] < 1]:
         raise ValueError(f"{file}: {', '.join(bad)}: a positive number is needed")
-    rope = {**(raw.get("rope_parameters") or {}), **{k: raw[k] for k in ("rope_theta",) if k in raw}}
-    if rope.get("rope_type", "default") != "default" or "rope_theta" not in rope:
-        raise ValueError(f"{file}: rope_theta is needed, and no rope type but the default is supported: {rope}")
+    numbers = {"rope_theta": raw.get("rope_theta"), "rms_norm_eps": raw.get("rms_norm_eps")}
+    if bad := [name for name, value in numbers.items() if type(value) not in (int, float)]:
+        raise ValueError(f"{file}: {', '.join(bad)}: a number is needed")
+    if raw["hidden_size"] % raw["num_attention_heads"] or raw["num_attention_heads"] % raw["num_key_value_heads"]:
+        raise ValueError(f"{file}: hidden_size, num_attention_heads and num_key_value_heads do not divide")
     return Qwen2Config(
         vocab=raw["vocab_size"],
         embed=raw["hidden_size"],
         layers=raw["num_hidden_layers"],
         heads=raw["num_attention_heads"],
         kv_heads=raw["num_key_value_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        head_dim=raw["hidden_size"] // raw["num_attention_heads"],
         mlp=raw["intermediate_size"],
-        rope_theta=float(rope["rope_theta"]),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        rope_theta=float(raw["rope_theta"]),
+        norm_eps=float(raw["rms_norm_eps"]),
+        tied=raw.get("tie_word_embeddings", False) is True,
         max_positions=raw["max_position_embeddings"],
     )
 
@@ -175,7 +179,8 @@ def _tower(file: epath.Path, raw: dict[str, Any], source: SafetensorsDirectory) 
     layers = {found[1] for n in source.where if (found := re.match(rf"{re.escape(prefix)}encoder\.layers\.(\d+)\.", n))}
     known = SiglipConfig()
     numbers = {"num_attention_heads": known.heads, "image_size": known.image_size} if stated is None else stated
-    heads, side = (numbers.get(key) for key in ("num_attention_heads", "image_size"))
+    keys = ("num_attention_heads", "image_size")
+    heads, side = (numbers.get(key) if isinstance(numbers, dict) else None for key in keys)
     if type(heads) is not int or type(side) is not int or heads < 1 or side < 1:
         raise ValueError(f"{file}: vision_config must state num_attention_heads and image_size")
     shape = source.shape(patch)
