@@ -24,6 +24,7 @@ from mmrlhf_jax.data.dataset import FORMAT_VERSION, DatasetError, read_metadata,
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaError, MediaRoot, read_media, verify_media
 from mmrlhf_jax.data.report import Report, rejected_from_json, rejected_to_json, report_of
 from mmrlhf_jax.data.sources import read_source
+from mmrlhf_jax.data.sources.pictures import PictureStore, is_embedded
 from mmrlhf_jax.data.sources.rows import Rejected, Remark, SourceOptions
 from mmrlhf_jax.groups import Group, Lengths, Media, Renderer
 
@@ -39,10 +40,12 @@ class PrepareError(ValueError):
 class PrepareOptions:
     """What is prepared, and how.
 
-    media          root of all media paths; None where no row names any
+    media          root of all media paths; None where no row names any, as where all pictures stand in the rows
     renderer       measures lengths; needed for `max_tokens`
     max_tokens     a group whose prompt + longest response is longer is rejected, never cut
     max_rejected   share of rejected rows (duplicates aside) above which nothing is prepared
+    limit          only the first so many groups that are read; all rows are read, since those of a group may stand
+                   anywhere
     """
 
     source: str
@@ -54,6 +57,7 @@ class PrepareOptions:
     max_tokens: int | None = None
     max_frames: int = MAX_FRAMES
     max_rejected: float = 0.05
+    limit: int | None = None
     workers: int = 4
     progress: bool = False
 
@@ -81,8 +85,8 @@ class _Sorting:
 def prepare(options: PrepareOptions) -> Report:
     """Write `options.output`, or find it already written from the same inputs.
 
-    The dataset appears under its name only when whole; an interrupted run leaves a hidden sibling that the next one
-    clears away.
+    The dataset appears under its name only when whole; an interrupted run leaves hidden siblings that the next one
+    clears away. Pictures that stand in rows lie in such a sibling while the dataset is prepared.
 
     Raises:
         SourceError: the input cannot be read as asked.
@@ -95,8 +99,17 @@ def prepare(options: PrepareOptions) -> Report:
     metadata = _metadata(options)
     if (done := _find_done(output, metadata)) is not None:
         _clear_aside(output)
+        _clear_pictures(output)
         _check_share(done, options, output)
         return done
+    _clear_pictures(output)
+    try:
+        return _prepare(options, output, metadata)
+    finally:
+        _clear_pictures(output)
+
+
+def _prepare(options: PrepareOptions, output: epath.Path, metadata: dict[str, Any]) -> Report:
     sorting = _read(options)
     bytes_of = _prove_media(sorting, options)
     measured, over = _measure(sorting, options)
@@ -127,6 +140,8 @@ def _metadata(options: PrepareOptions) -> dict[str, Any]:
         "max_tokens": options.max_tokens,
         "max_frames": options.max_frames,
     }
+    if options.limit is not None:  # otherwise unstated: datasets from before it existed stay what they are
+        stated["limit"] = options.limit
     canonical = json.dumps(stated, sort_keys=True)
     return {**stated, "fingerprint": hashlib.sha256(canonical.encode()).hexdigest()}
 
@@ -153,7 +168,8 @@ def _find_done(output: epath.Path, metadata: dict[str, Any]) -> Report | None:
             raise DatasetError(f"{output} exists and is not a prepared dataset: choose another --output")
         return None
     if found.get("fingerprint") != metadata["fingerprint"]:
-        changed = ", ".join(key for key in metadata if key != "fingerprint" and found.get(key) != metadata[key])
+        keys = dict.fromkeys([*metadata, *found])
+        changed = ", ".join(key for key in keys if key != "fingerprint" and found.get(key) != metadata.get(key))
         raise DatasetError(
             f"{output} was prepared from other inputs or options (fingerprint {found.get('fingerprint')}, this run is "
             f"{metadata['fingerprint']}; different: {changed}): choose another --output or remove it"
@@ -181,15 +197,20 @@ def _check_share(report: Report, options: PrepareOptions, output: epath.Path) ->
 
 
 def _read(options: PrepareOptions) -> _Sorting:
-    sorting = _Sorting()
-    for item in read_source(options.source, options.inputs, options.source_options):
+    store = PictureStore(_pictures(epath.Path(options.output)))
+    sorting, left_out = _Sorting(), 0
+    for item in read_source(options.source, options.inputs, dataclasses.replace(options.source_options, store=store)):
         match item:
+            case Group() if options.limit is not None and len(sorting.groups) >= options.limit:
+                left_out += len(item.origins)
             case Group():
                 sorting.groups.append(item)
             case Rejected():
                 sorting.rejected.append(item)
             case Remark():
                 sorting.remarks.append(item)
+    if left_out:
+        sorting.remarks.append(Remark(f"--limit {options.limit}: rows of further groups are left out", left_out))
     return sorting
 
 
@@ -198,10 +219,11 @@ def _prove_media(sorting: _Sorting, options: PrepareOptions) -> dict[Media, int]
     wanted = list(dict.fromkeys(media for group in sorting.groups for media in group.media))
     if not wanted:
         return {}
-    root = _media_root(options)
+    paths = [media for media in wanted if not is_embedded(media)]
+    root = _media_root(options) if paths else _store_root(options)
     with ThreadPoolExecutor(options.workers) as pool:  # Pillow's decoders release the GIL
         try:
-            results = pool.map(lambda media: _prove(media, root), wanted)
+            results = pool.map(lambda m: _prove(m, _store_root(options) if is_embedded(m) else root), wanted)
             proven = dict(zip(wanted, _progress(results, "media", len(wanted), options), strict=True))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -224,6 +246,11 @@ def _media_root(options: PrepareOptions) -> MediaRoot:
     if not epath.Path(options.media).is_dir():
         raise PrepareError(f"{options.media} is not a directory: correct --media")
     return MediaRoot(options.media, max_frames=options.max_frames)
+
+
+def _store_root(options: PrepareOptions) -> MediaRoot:
+    """Where the pictures lie that stood in rows."""
+    return MediaRoot(os.fspath(_pictures(epath.Path(options.output))))
 
 
 def _prove(media: Media, root: MediaRoot) -> Proven | str:
@@ -301,10 +328,20 @@ def _clear_aside(output: epath.Path) -> epath.Path:
     return aside
 
 
+def _pictures(output: epath.Path) -> epath.Path:
+    return output.parent / f".{output.name}.pictures"
+
+
+def _clear_pictures(output: epath.Path) -> None:
+    if _pictures(output).exists():
+        _pictures(output).rmtree()
+
+
 def _reload(group: Group, options: PrepareOptions) -> list[bytes]:
     encoded: list[bytes] = []
     for media in group.media:
-        again = read_media(dataclasses.replace(media, sizes=(), sha256=""), _media_root(options))
+        root = _store_root(options) if is_embedded(media) else _media_root(options)
+        again = read_media(dataclasses.replace(media, sizes=(), sha256=""), root)
         if again.sha256 != media.sha256:
             raise PrepareError(f"{media.path!r} changed while it was prepared: run again")
         encoded += again.encoded

@@ -22,13 +22,18 @@ def best_record(records: Sequence[Record], metric: str) -> Record | None:
     return min(records, key=lambda record: sign * record[f"eval/{metric}"], default=None)
 
 
+def best_trained(records: Sequence[Record], metric: str) -> Record | None:
+    """The best record after the first step: the start has no checkpoint, it is the model the run began with."""
+    return best_record([record for record in records if record["step"]], metric)
+
+
 def is_best(records: Sequence[Record], metric: str) -> bool:
-    """Whether the newest record is the best so far."""
-    return bool(records) and best_record(records, metric) is records[-1]
+    """Whether the newest record is of the best trained state so far."""
+    return bool(records) and best_trained(records, metric) is records[-1]
 
 
 def ran_out_of_patience(records: Sequence[Record], metric: str, patience: int) -> bool:
-    """Whether the last `patience` evaluations brought nothing better; never where patience is 0."""
+    """Whether the last `patience` evaluations brought nothing better, the start included; never where patience is 0."""
     best = best_record(records, metric)
     return patience > 0 and best is not None and len(records) - 1 - records.index(best) >= patience
 

@@ -28,7 +28,7 @@ from mmrlhf_jax.data.plan import StepPlan
 from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.render import load_renderer
 from mmrlhf_jax.nn.sharding import batch_share, make_mesh, replicated
-from mmrlhf_jax.training.best import best_record, is_best, ran_out_of_patience
+from mmrlhf_jax.training.best import best_trained, is_best, ran_out_of_patience
 from mmrlhf_jax.training.data import describe, measure_data, plan_data, plan_held_out, with_reference
 from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, say
 from mmrlhf_jax.training.held_out import check_metric, make_evaluate
@@ -144,17 +144,29 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     if is_speaker():
         early = f", stopped early of {data.plan.steps}" if done < data.plan.steps else ""
         write_whole(run.complete, json.dumps({"steps": done, "planned": data.plan.steps}) + "\n")
-        say(f"done: {done} steps{early}, checkpoint {run.checkpoints / str(done)}")
+        say(f"done: {done} steps{early}, checkpoint {run.checkpoints / str(done)}", *_verdict(run, session))
 
 
 def _best_of(records: list[dict[str, Any]], metric: str) -> Callable[[], int | None]:
     """The step of the best evaluation so far; `records` grows."""
 
     def best() -> int | None:
-        found = best_record(records, metric)
+        found = best_trained(records, metric)
         return None if found is None else int(found["step"])
 
     return best
+
+
+def _verdict(run: RunDirectory, session: Session) -> list[str]:
+    """What the held-out groups say of the run: its best checkpoint, beside the model it started from."""
+    metric = session.recipe.evaluation.metric
+    best = best_trained(session.records, metric)
+    if best is None:
+        return []
+    name, began = f"eval/{metric}", session.records[0]
+    return [
+        f"best on held-out groups: {run.path}@{best['step']}, {metric} {best[name]:.4g}, at step 0 {began[name]:.4g}"
+    ]
 
 
 @dataclass(frozen=True)
