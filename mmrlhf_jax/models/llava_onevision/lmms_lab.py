@@ -81,7 +81,7 @@ def is_original(raw: dict[str, Any]) -> bool:
     """Whether a config.json is the original code's. model_type "llava" alone is not: LLaVA-1.5's files share it."""
     if raw.get("model_type") in ("llava_qwen", "llava_qwen2"):
         return True
-    return raw.get("model_type") == "llava" and ARCHITECTURE in (raw.get("architectures") or ())
+    return raw.get("model_type") == "llava" and raw.get("architectures") == [ARCHITECTURE]
 
 
 def derive_assets(directory: epath.Path, raw: dict[str, Any], output: Path) -> None:
