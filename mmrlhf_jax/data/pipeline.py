@@ -6,6 +6,7 @@ Nothing here starts a jax backend, so grain's worker processes are free to run i
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -222,11 +223,19 @@ def micro_batches(
         if not flags.FLAGS.is_parsed():  # grain reads its own flags, and nobody else parsed them
             flags.FLAGS.mark_as_parsed()
         loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=min(workers, len(rest)), per_worker_buffer_size=buffer)
+            grain.MultiprocessingOptions(num_workers=min(workers, len(rest)), per_worker_buffer_size=buffer),
+            worker_init_fn=_leave_signals_to_the_parent,
         )
     else:
         loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=buffer))
     yield from zip(rest, loaded, strict=True)
+
+
+def _leave_signals_to_the_parent(worker: int, workers: int) -> None:
+    """Terminals and job schedulers send their signals to every process; the parent decides when a run stops."""
+    del worker, workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def measure(groups: Sequence[Group], renderer: Renderer) -> list[Lengths]:

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,16 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.command import one_line
-from mmrlhf_jax.data.dataset import FORMAT_VERSION, DatasetError, read_metadata, write_dataset
+from mmrlhf_jax.data.dataset import (
+    FORMAT_VERSION,
+    UPLOADING,
+    DatasetError,
+    read_metadata,
+    upload_dataset,
+    write_dataset,
+)
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaError, MediaRoot, read_media, verify_media
 from mmrlhf_jax.data.report import Report, rejected_from_json, rejected_to_json, report_of
 from mmrlhf_jax.data.sources import read_source
@@ -85,8 +94,9 @@ class _Sorting:
 def prepare(options: PrepareOptions) -> Report:
     """Write `options.output`, or find it already written from the same inputs.
 
-    The dataset appears under its name only when whole; an interrupted run leaves hidden siblings that the next one
-    clears away. Pictures that stand in rows lie in such a sibling while the dataset is prepared.
+    The dataset appears under its name only when whole; an interrupted run leaves hidden siblings (on gs:// a marked
+    half of an upload) that the next one clears away. Pictures that stand in rows lie in such a sibling meanwhile; for
+    an `output` on gs:// they, and the dataset, lie in the temporary directory (TMPDIR).
 
     Raises:
         SourceError: the input cannot be read as asked.
@@ -95,7 +105,7 @@ def prepare(options: PrepareOptions) -> Report:
     """
     if options.max_tokens is not None and options.renderer is None:
         raise PrepareError("--max-tokens needs --model: lengths are counted in the model's tokens")
-    output = epath.Path(options.output)
+    output = storage.to_path(options.output)
     metadata = _metadata(options)
     if (done := _find_done(output, metadata)) is not None:
         _clear_aside(output)
@@ -147,7 +157,7 @@ def _metadata(options: PrepareOptions) -> dict[str, Any]:
 
 
 def _sha256(file: str) -> str:
-    path = epath.Path(file)
+    path = storage.to_path(file)
     if path.is_dir():
         raise PrepareError(f"{file} is a directory: name the files in it as --input")
     if not path.exists():
@@ -164,6 +174,8 @@ def _find_done(output: epath.Path, metadata: dict[str, Any]) -> Report | None:
         return None
     found = read_metadata(output) if output.is_dir() else None
     if found is None:
+        if (output / UPLOADING).exists():
+            return None
         if not output.is_dir() or any(child.name != REJECTED_FILE for child in output.iterdir()):
             raise DatasetError(f"{output} exists and is not a prepared dataset: choose another --output")
         return None
@@ -302,8 +314,27 @@ def _write(
     metadata: dict[str, Any],
     options: PrepareOptions,
 ) -> None:
-    """Write beside `output`, then give it its name."""
-    aside = _clear_aside(output)
+    """Write beside `output`, or in the temporary directory where `output` is remote, then give it its name."""
+    if storage.is_remote(output):
+        with tempfile.TemporaryDirectory(prefix="mmrlhf-prepare-") as folder:
+            upload_dataset(_write_files(epath.Path(folder), groups, bytes_of, report, metadata, options), output)
+        return
+    whole = _write_files(_clear_aside(output), groups, bytes_of, report, metadata, options)
+    if output.exists():
+        output.rmtree()  # holds at most the list of an earlier refusal, see _find_done
+    whole.rename(output)
+    _clear_aside(output)
+
+
+def _write_files(
+    directory: epath.Path,
+    groups: Sequence[Group],
+    bytes_of: Mapping[Media, int],
+    report: Report,
+    metadata: dict[str, Any],
+    options: PrepareOptions,
+) -> epath.Path:
+    """Write the dataset and its reports somewhere under `directory`; returns the folder that holds them."""
     with tqdm(total=len(groups), desc="writing", disable=not options.progress, unit="group") as bar:
 
         def load(group: Group) -> list[bytes]:
@@ -311,17 +342,18 @@ def _write(
             return _reload(group, options)
 
         byte_counts = [sum(bytes_of[media] for media in group.media) for group in groups]
-        whole = write_dataset(aside, groups, byte_counts, load, metadata)
+        whole = write_dataset(directory, groups, byte_counts, load, metadata, options.workers)
     (whole / REJECTED_FILE).write_text(rejected_to_json(report.rejected))
     (whole / REPORT_FILE).write_text(report.to_json())
-    if output.exists():
-        output.rmtree()  # holds at most the list of an earlier refusal, see _find_done
-    whole.rename(output)
-    _clear_aside(output)
+    return whole
 
 
 def _clear_aside(output: epath.Path) -> epath.Path:
-    """Where a dataset is written before it gets its name, emptied of what an interrupted run left."""
+    """Where a dataset is written before it gets its name, emptied of what an interrupted run left. On gs:// that is
+    the marker of an upload that was whole but for removing it."""
+    if storage.is_remote(output):
+        (output / UPLOADING).unlink(missing_ok=True)
+        return output
     aside = output.parent / f".{output.name}.preparing"
     if aside.exists():
         aside.rmtree()
@@ -329,7 +361,12 @@ def _clear_aside(output: epath.Path) -> epath.Path:
 
 
 def _pictures(output: epath.Path) -> epath.Path:
-    return output.parent / f".{output.name}.pictures"
+    name = f".{output.name}.pictures"
+    if not storage.is_remote(output):
+        return output.parent / name
+    # named by the output, so that the next run finds and clears what a killed one left
+    place = hashlib.sha256(os.fspath(output).encode()).hexdigest()[:16]
+    return epath.Path(tempfile.gettempdir()) / f"{name}-{place}"
 
 
 def _clear_pictures(output: epath.Path) -> None:

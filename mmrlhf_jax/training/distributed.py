@@ -48,12 +48,38 @@ def how_to_join(environment: Mapping[str, str], *, tpu_devices: bool) -> dict[st
             raise UsageError(f"JAX_PROCESS_ID {number} of JAX_NUM_PROCESSES {count} is not a process number")
         return {"coordinator_address": address, "num_processes": int(count), "process_id": int(number)}
     # a batch script outside srun has SLURM_NTASKS too, yet is one process
-    for tasks in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
-        if environment.get(tasks, "1").isdigit() and int(environment.get(tasks, "1")) > 1:
-            return {}
+    if _number(environment, "SLURM_STEP_NUM_TASKS") > 1:
+        return _gpus_of_task(environment)
+    if _number(environment, "OMPI_COMM_WORLD_SIZE") > 1:
+        return {}
     platforms = environment.get("JAX_PLATFORMS", "")
     on_tpu = tpu_devices and (not platforms or "tpu" in platforms.split(","))
     return {} if on_tpu and "TPU_SKIP_MDS_QUERY" not in environment else None
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = environment.get(name, "")
+    return int(value) if value.isdigit() else 0
+
+
+def _gpus_of_task(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The GPUs of a SLURM task, where there are any: an equal share of those its node's tasks see.
+
+    jax by itself takes one GPU a task, which wastes the others of a node that runs one task, and counts wrongly where
+    SLURM has shown each task only its own.
+    """
+    visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    gpus = len(visible) or _number(environment, "SLURM_GPUS_ON_NODE")
+    if not gpus:
+        return {}
+    tasks = int(environment.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0])  # "2(x4)": two on each of four
+    if 0 < len(visible) < _number(environment, "SLURM_GPUS_ON_NODE"):  # SLURM has bound them to the task
+        return {"local_device_ids": list(range(gpus))}
+    each = gpus // tasks
+    if not each or gpus % tasks:
+        raise UsageError(f"{gpus} GPUs do not divide over {tasks} tasks of a node: ask for one task a node")
+    first = _number(environment, "SLURM_LOCALID") * each
+    return {"local_device_ids": list(range(first, first + each))}
 
 
 def is_speaker() -> bool:

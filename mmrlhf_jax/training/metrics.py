@@ -13,8 +13,9 @@ from typing import Any, Protocol, TypeVar
 from etils import epath
 from tqdm import tqdm
 
+from mmrlhf_jax.storage import is_remote
 from mmrlhf_jax.training.recipe import LogConfig
-from mmrlhf_jax.training.run import RunDirectory, is_remote, read_lines, write_whole
+from mmrlhf_jax.training.run import RunDirectory, read_lines, write_text
 
 T = TypeVar("T")
 Record = Mapping[str, Any]
@@ -95,7 +96,7 @@ class _LineFile:
         kept = [record for record in read_lines(path) if record["step"] <= last_step]
         text = "".join(json.dumps(record) + "\n" for record in kept)
         if kept or path.exists():
-            write_whole(path, text)
+            write_text(path, text)
         self._remote = is_remote(path)
         self._text = text if self._remote else ""
         self._uploaded = time.monotonic()
@@ -113,7 +114,7 @@ class _LineFile:
 
     def flush(self) -> None:
         if self._remote and self._text:
-            write_whole(self._path, self._text)
+            write_text(self._path, self._text)
             self._uploaded = time.monotonic()
 
     def close(self) -> None:
@@ -185,7 +186,7 @@ class Wandb:
         self._run = wandb.init(
             project=project, id=known, resume="allow", name=path.name, config=dict(settings), **where
         )
-        write_whole(identity, json.dumps({"id": self._run.id}) + "\n")
+        write_text(identity, json.dumps({"id": self._run.id}) + "\n")
         # lines of steps done again after a crash carry their own step, W&B's counter only ever rises
         self._run.define_metric("*", step_metric="step")
 

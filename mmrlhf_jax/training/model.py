@@ -21,9 +21,10 @@ from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision, declare
 from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import ShardingRules
+from mmrlhf_jax.storage import is_remote
 from mmrlhf_jax.training.best import best_step
 from mmrlhf_jax.training.recipe import INFERENCE, LoraConfig, PartRates
-from mmrlhf_jax.training.run import Checkpoints, RunDirectory, is_remote
+from mmrlhf_jax.training.run import Checkpoints, RunDirectory
 from mmrlhf_jax.training.state import partition, with_dtypes
 
 _CHECKPOINT = re.compile(r"(?P<run>.+)@(?P<step>best|\d+)")

@@ -22,6 +22,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.training.recipe import CheckpointConfig
 from mmrlhf_jax.training.state import TrainState, combine
@@ -33,7 +34,7 @@ class RunDirectory:
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> RunDirectory:
-        return cls(epath.Path(path))
+        return cls(storage.to_path(path))
 
     recipe = property(lambda self: self.path / "recipe.json")
     start = property(lambda self: self.path / "start.json")
@@ -47,18 +48,9 @@ class RunDirectory:
         return self.recipe.exists()
 
 
-def write_whole(path: epath.Path, text: str) -> None:
-    """A reader sees no file or all of it. Objects of a bucket are whole by nature, and cannot be renamed."""
-    if is_remote(path):
-        path.write_text(text)
-        return
-    partial = path.with_name(f".{path.name}.writing")
-    partial.write_text(text)
-    partial.replace(path)
-
-
-def is_remote(path: str | os.PathLike[str]) -> bool:
-    return "://" in os.fspath(path)
+def write_text(path: epath.Path, text: str) -> None:
+    """A reader sees no file or all of it."""
+    storage.write_whole(path, text.encode())
 
 
 class Checkpoints:
@@ -83,7 +75,7 @@ class Checkpoints:
             create=writes,
         )
         self.manager = ocp.CheckpointManager(
-            directory if is_remote(directory) else directory.absolute(), options=options
+            directory if storage.is_remote(directory) else directory.absolute(), options=options
         )
 
     def latest(self) -> int | None:

@@ -24,7 +24,7 @@ from mmrlhf_jax.training import recipe as recipes
 from mmrlhf_jax.training.distributed import is_speaker, say, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel, absolute, load_model
 from mmrlhf_jax.training.recipe import INFERENCE, Recipe
-from mmrlhf_jax.training.run import Checkpoints, RunDirectory, abstract_of, write_whole
+from mmrlhf_jax.training.run import Checkpoints, RunDirectory, abstract_of, write_text
 from mmrlhf_jax.training.state import (
     TrainState,
     combine,
@@ -67,8 +67,8 @@ def start_run(run: RunDirectory, recipe: Recipe, start: LoadedModel, fingerprint
         settings = dataclasses.asdict(recipe.lora) if recipe.lora.rank else None
         # a LoRA run keeps no copy of what it adapts, so it has to know where that is
         began = {**fingerprints, "base": absolute(recipe.model), "lora": settings}
-        write_whole(run.start, json.dumps(began, indent=2) + "\n")
-        write_whole(run.recipe, recipes.as_json(recipe))  # last: a run exists once its recipe does
+        write_text(run.start, json.dumps(began, indent=2) + "\n")
+        write_text(run.recipe, recipes.as_json(recipe))  # last: a run exists once its recipe does
     wait_for_all("the run directory is written")
 
 

@@ -36,7 +36,7 @@ from mmrlhf_jax.training.metrics import Clock, MetricsLog, open_log
 from mmrlhf_jax.training.model import load_model, model_fingerprint, with_fresh_adapters
 from mmrlhf_jax.training.planning import memory_advice
 from mmrlhf_jax.training.recipe import INFERENCE, Recipe, flatten
-from mmrlhf_jax.training.run import Checkpoints, RunDirectory, read_lines, write_whole
+from mmrlhf_jax.training.run import Checkpoints, RunDirectory, read_lines, write_text
 from mmrlhf_jax.training.runtime import Profiler, explain_memory, parse_profile, set_up_jax, stop_signals, to_devices
 from mmrlhf_jax.training.setup import (
     attention_of,
@@ -143,7 +143,7 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
         done = _loop(session, state)
     if is_speaker():
         early = f", stopped early of {data.plan.steps}" if done < data.plan.steps else ""
-        write_whole(run.complete, json.dumps({"steps": done, "planned": data.plan.steps}) + "\n")
+        write_text(run.complete, json.dumps({"steps": done, "planned": data.plan.steps}) + "\n")
         say(f"done: {done} steps{early}, checkpoint {run.checkpoints / str(done)}", *_verdict(run, session))
 
 

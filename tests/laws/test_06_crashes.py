@@ -158,3 +158,18 @@ def test_sigterm_leaves_a_checkpoint_and_asks_to_be_run_again(small_world):
     done = Checkpoints(output / "checkpoints").latest()
     assert done
     assert metrics(output)[-1]["step"] == done
+
+
+def test_sigterm_to_every_process_of_a_job_is_the_parent_s_to_answer(small_world):
+    """As a scheduler sends it: loader workers too."""
+    output = small_world.directory / "law-6-job"
+    process = subprocess.Popen(
+        command("train", *arguments(small_world, output), "--data.workers", 2),
+        env=environment(1), stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not lines(output):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors

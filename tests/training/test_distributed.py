@@ -8,6 +8,13 @@ from mmrlhf_jax.command import UsageError
 from mmrlhf_jax.nn.sharding import BatchShare, MeshConfig, batch_share, make_mesh
 from mmrlhf_jax.training.distributed import how_to_join
 
+SLURM = {"SLURM_STEP_NUM_TASKS": "8"}
+
+
+def gpus(ids):
+    return {"local_device_ids": list(ids)}
+
+
 ALONE: dict[str, str] = {}
 
 
@@ -18,6 +25,23 @@ ALONE: dict[str, str] = {}
         ({"SLURM_NTASKS": "8"}, False, None),  # a batch script outside srun
         ({"SLURM_STEP_NUM_TASKS": "1"}, False, None),
         ({"SLURM_STEP_NUM_TASKS": "8"}, False, {}),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "8"}, False, gpus(range(8))),
+        (
+            {**SLURM, "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_GPUS_ON_NODE": "8", "SLURM_LOCALID": "3"},
+            False,
+            gpus([6, 7]),
+        ),
+        (
+            {
+                **SLURM,
+                "SLURM_STEP_TASKS_PER_NODE": "8",
+                "SLURM_GPUS_ON_NODE": "8",
+                "SLURM_LOCALID": "3",
+                "CUDA_VISIBLE_DEVICES": "3",
+            },
+            False,
+            gpus([0]),
+        ),  # --gpus-per-task: each sees its own
         ({"OMPI_COMM_WORLD_SIZE": "2"}, False, {}),
         (ALONE, True, {}),  # a TPU virtual machine
         ({"JAX_PLATFORMS": "cpu"}, True, None),
@@ -36,6 +60,7 @@ def test_the_environment_says_whether_there_is_anything_to_join(environment, tpu
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "3", "SLURM_GPUS_ON_NODE": "8"}, "8 GPUs do not divide over 3 tasks"),
         ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID set but not JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES"),
         (
             {"JAX_COORDINATOR_ADDRESS": "host0:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"},

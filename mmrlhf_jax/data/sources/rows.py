@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
-from etils import epath
-
+from mmrlhf_jax import storage
 from mmrlhf_jax.data.sources.parquet import ParquetError, parquet_rows
 from mmrlhf_jax.groups import Group, Media, Origin
 
@@ -83,12 +82,12 @@ def read_rows(files: Sequence[str]) -> Iterator[Row | Rejected]:
         SourceError: a file is missing, or a parquet file or JSON array is broken (there is no next line to go on from).
     """
     for file in files:
-        path = epath.Path(file)
+        path = storage.to_path(file)
         if not path.exists():
             raise SourceError(f"{file} does not exist: correct --input")
         if path.is_dir():
             raise SourceError(f"{file} is a directory: name the files in it")
-        with path.open("rb") as stream:
+        with storage.open_read(file) as stream:
             if path.suffix.lower() == ".parquet":
                 yield from _parquet_rows(file, stream)
                 continue
