@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from etils import epath
 
 from mmrlhf_jax.command import run_command
 from mmrlhf_jax.models.llava_onevision.adapter import save_adapter
@@ -24,7 +24,8 @@ class Export:
     """Write a RUN (or any MODEL) as a Hugging Face directory that transformers, vLLM and lmms-eval load."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """a RUN (RUN@best, RUN@STEP: another than its latest checkpoint), a Hugging Face directory or a hub id"""
+    """a RUN (RUN@best, RUN@STEP: another than its latest checkpoint), a Hugging Face directory or a hub id, in
+    llava-hf's layout or lmms-lab's"""
     output: str
     """the directory to make; it appears only when whole"""
     adapter: bool = False
@@ -43,7 +44,7 @@ def main() -> None:
     whole = PartRates(decoder=1.0, projector=1.0, tower=1.0)  # every value as it was trained, before rounding
     model = load_model(command.model, make_mesh(MeshConfig()), ShardingRules(), rates=whole, dtype="float32")
     record = {"weights": model_fingerprint(model.config, model.params), "step": model.step, "dtype": command.dtype}
-    written = Path(command.output) / RECORD
+    written = epath.Path(command.output) / RECORD
     if written.exists() and json.loads(written.read_text()) == record:
         print(f"{command.output} is written already")
         return

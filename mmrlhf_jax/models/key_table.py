@@ -8,28 +8,26 @@ from theirs to ours; exporting applies it backwards.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from einops import rearrange
-from jax.sharding import Mesh
-from safetensors import safe_open
-from safetensors.numpy import save_file
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mmrlhf_jax.models.safetensors_files import DTYPES, Outgoing, SafetensorsDirectory
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.params import Param
 from mmrlhf_jax.nn.sharding import ShardingRules
 
 Tree = TypeVar("Tree")
-SHARD_BYTES = 5 * 10**9
-_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+HELD_BYTES = 64 * 2**20  # parameters up to this size are gathered in host memory: faster than a program each
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,19 @@ class Key:
             return array
         theirs, ours = self.pattern.split("->")
         return np.ascontiguousarray(rearrange(array, f"{ours} -> {theirs}"))
+
+    def rows(self, index: tuple[slice, ...], shape: tuple[int, ...]) -> slice:
+        """The rows of their tensor that ours[index] needs, `shape` being that of one layer of ours."""
+        outer = [0]
+        if self.pattern:
+            theirs, ours = (side.strip() for side in self.pattern.split("->"))
+            names = theirs[1 : theirs.index(")")].split() if theirs.startswith("(") else theirs.split()[:1]
+            outer = [ours.split().index(name) for name in names]
+        low = high = 0
+        for axis in outer:  # first and last corner of a box, row-major
+            start, stop, _ = index[axis].indices(shape[axis])
+            low, high = low * shape[axis] + start, high * shape[axis] + stop - 1
+        return slice(low, high + 1)
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if not self.pattern:
@@ -99,42 +110,6 @@ def expected_tensors(declared: Any, keys: Sequence[Key]) -> list[Expected]:
     return out
 
 
-class SafetensorsDirectory:
-    """The tensors of a directory of .safetensors files, by canonical name. Pickle files are refused."""
-
-    def __init__(self, directory: str | Path, canonical: Callable[[str], str]):
-        self.directory = Path(directory)
-        files = sorted(self.directory.glob("*.safetensors"))
-        if not files:
-            pickled = sorted(p.name for p in self.directory.glob("*.bin")) if self.directory.is_dir() else []
-            hint = f" ({', '.join(pickled)}: pickle runs code and is refused; convert it)" if pickled else ""
-            raise FileNotFoundError(f"{directory}: no .safetensors file there{hint}")
-        self.handles = {path: safe_open(path, framework="np") for path in files}
-        self.where: dict[str, tuple[Path, str]] = {}
-        for path, handle in self.handles.items():
-            for raw in handle.keys():  # noqa: SIM118 - not a dict
-                name = canonical(raw)
-                if name in self.where:
-                    raise ValueError(f"{path.name}: {raw} also stands in {self.where[name][0].name} as {name}")
-                self.where[name] = (path, raw)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        path, raw = self.where[name]
-        return tuple(self.handles[path].get_slice(raw).get_shape())
-
-    def dtype(self, name: str) -> str:
-        """numpy's name of a tensor's dtype. Raises ValueError for one that weights are not kept in."""
-        path, raw = self.where[name]
-        stored = self.handles[path].get_slice(raw).get_dtype()
-        if stored not in _STORED:
-            raise ValueError(f"{path.name}: {raw} is stored as {stored}; supported: {', '.join(_STORED)}")
-        return _STORED[stored]
-
-    def read(self, name: str) -> np.ndarray:
-        path, raw = self.where[name]
-        return self.handles[path].get_tensor(raw)
-
-
 def check(source: SafetensorsDirectory, expected: Sequence[Expected], ignored: Callable[[str], bool]) -> None:
     """Raises ValueError that lists every missing, surplus and misshapen tensor together."""
     wanted = {item.name: item for item in expected}
@@ -165,8 +140,13 @@ def load(
     *,
     ignored: Callable[[str], bool] = lambda name: False,
 ) -> Tree:
-    """The parameters, read straight into their shards, in the dtypes of the declaration: each tensor is read once and
-    its parts go to the devices that hold them."""
+    """The parameters in their shards, in the dtypes of the declaration.
+
+    Each of their tensors is read once, only the rows whose parts this process holds, and its parts are on their devices
+    before the next is read. So besides what the devices hold, the host holds one tensor and its parts at most, or a
+    whole parameter no larger than HELD_BYTES. Every process runs the same programs in the same order; none of them
+    communicates.
+    """
     expected = expected_tensors(declared, keys)
     check(source, expected, ignored)
     by_path: dict[str, list[Expected]] = {}
@@ -174,16 +154,20 @@ def load(
         by_path.setdefault(item.key.ours, []).append(item)
 
     def one(name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-        shards = _read_shards(source, by_path[name], abstract)
-        return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda index: shards[_bounds(index)][1])
+        items, stacked = by_path[name], by_path[name][0].layer is not None
+        size = math.prod(abstract.shape) * np.dtype(abstract.dtype).itemsize
+        split_layers = stacked and abstract.sharding.spec[:1] not in ((), (None,))  # not by any rule of ours
+        if size <= HELD_BYTES or split_layers:
+            return _load_at_once(source, items, abstract)
+        if not stacked:
+            return _cast(_place(source, items[0], abstract.sharding, abstract.dtype), abstract.dtype)
+        return _load_by_layer(source, items, abstract)
 
     return nn_params.map_named(one, nn_params.abstract(declared, mesh, rules))
 
 
-def _read_shards(
-    source: SafetensorsDirectory, items: Sequence[Expected], abstract: jax.ShapeDtypeStruct
-) -> dict[tuple, tuple[Any, np.ndarray]]:
-    """Every distinct shard this process holds of one parameter, by its bounds: (index, values)."""
+def _load_at_once(source: SafetensorsDirectory, items: Sequence[Expected], abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    """A parameter gathered in host memory, every distinct shard once: no program to compile, one transfer a device."""
     indices = abstract.sharding.addressable_devices_indices_map(abstract.shape).values()
     local = abstract.sharding.shard_shape(abstract.shape)
     shards = {_bounds(index): (index, np.empty(local, abstract.dtype)) for index in indices}
@@ -194,56 +178,70 @@ def _read_shards(
                 values[...] = array[index]
             elif item.layer in (layers := range(*index[0].indices(abstract.shape[0]))):
                 values[item.layer - layers.start] = array[index[1:]]
-    return shards
+    return jax.make_array_from_callback(abstract.shape, abstract.sharding, lambda index: shards[_bounds(index)][1])
+
+
+def _load_by_layer(
+    source: SafetensorsDirectory, items: Sequence[Expected], abstract: jax.ShapeDtypeStruct
+) -> jax.Array:
+    """A stack of layers, each written into its place on the devices before the next is read."""
+    sharding = abstract.sharding
+    layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stack = jax.jit(partial(jnp.zeros, abstract.shape, abstract.dtype), out_shardings=sharding)()
+    write = jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
+    for item in items:
+        layer = _place(source, item, layer_sharding, abstract.dtype)
+        stack = write(stack, layer, item.layer).block_until_ready()  # else the host runs ahead, tensors in hand
+    return stack
+
+
+def _write_layer(stack: jax.Array, layer: jax.Array, at: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), at, 0)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    return x.astype(dtype)
+
+
+def _place(source: SafetensorsDirectory, item: Expected, sharding: NamedSharding, dtype: Any) -> jax.Array:
+    """One of their tensors on the devices, as ours but for the dtype: the narrower of stored and wanted travels."""
+    shape = item.layer_shape
+    devices: dict[tuple, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        devices.setdefault(_bounds(index), []).append((device, index))
+    needed = [item.key.rows(held[0][1], shape) for held in devices.values()]
+    rows = slice(min(part.start for part in needed), max(part.stop for part in needed))
+    array = item.key.import_array(source.read(item.name, rows), shape)
+    travels = array.dtype if array.dtype.itemsize < np.dtype(dtype).itemsize else np.dtype(dtype)
+    parts = []
+    for held in devices.values():
+        part = np.ascontiguousarray(array[held[0][1]].astype(travels, copy=False))
+        parts += [jax.device_put(part, device) for device, _ in held]
+    return jax.make_array_from_single_device_arrays(shape, sharding, jax.block_until_ready(parts))
 
 
 def _bounds(index: Any) -> tuple:
     return tuple((part.start, part.stop) for part in index)  # slices are not hashable before Python 3.12
 
 
-def export_tensors(params: Any, keys: Sequence[Key], dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors one by one, fetched from the devices a layer at a time. Raises ValueError for one that overflows
-    `dtype` (fp16 ends at 65,504)."""
+def export_tensors(params: Any, keys: Sequence[Key], dtype: str) -> list[Outgoing]:
+    """Their tensors, fetched from the devices one by one as they are written. Fetching raises ValueError for one that
+    overflows `dtype` (fp16 ends at 65,504)."""
     leaves = dict(nn_params.named_leaves(params))
+    out = []
     for key in keys:
         if key.ours not in leaves:
             continue
         leaf = leaves[key.ours]
         for layer in range(leaf.shape[0]) if "{layer}" in key.theirs else [None]:
-            array = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
-            if (most := float(np.abs(array).max())) > float(ml_dtypes.finfo(DTYPES[dtype]).max):
-                raise ValueError(f"{key.name(layer)}: values up to {most:g} overflow {dtype}; export another dtype")
-            yield key.name(layer), np.ascontiguousarray(key.export_array(array).astype(DTYPES[dtype]))
+            shape = key.their_shape(leaf.shape if layer is None else leaf.shape[1:])
+            out.append(Outgoing(key.name(layer), shape, dtype, partial(_fetch, leaf, key, layer, dtype)))
+    return out
 
 
-def write_safetensors(tensors: Iterable[tuple[str, np.ndarray]], directory: str | Path) -> None:
-    """model.safetensors, or numbered shards with model.safetensors.index.json beyond SHARD_BYTES, as transformers
-    writes."""
-    directory = Path(directory)
-    shards: list[list[str]] = []
-    held: dict[str, np.ndarray] = {}
-    size = total = 0
-
-    def flush() -> None:
-        save_file(held, directory / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
-        shards.append(list(held))
-        held.clear()
-
-    for name, array in tensors:
-        if held and size + array.nbytes > SHARD_BYTES:
-            flush()
-            size = 0
-        held[name] = array
-        size += array.nbytes
-        total += array.nbytes
-    flush()
-    if len(shards) == 1:
-        (directory / "shard-0.safetensors").rename(directory / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (directory / f"shard-{i}.safetensors").rename(directory / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+def _fetch(leaf: Any, key: Key, layer: int | None, dtype: str) -> np.ndarray:
+    array = np.asarray(jax.device_get(leaf if layer is None else leaf[layer]))
+    if (most := max(float(array.max()), -float(array.min()))) > float(ml_dtypes.finfo(DTYPES[dtype]).max):
+        raise ValueError(f"{key.name(layer)}: values up to {most:g} overflow {dtype}; export another dtype")
+    return key.export_array(array.astype(DTYPES[dtype], copy=False))

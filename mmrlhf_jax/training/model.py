@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mmrlhf_jax.models.llava_onevision import weights
 from mmrlhf_jax.models.llava_onevision.adapter import is_adapter_directory, load_adapted, read_adapter_config
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
+from mmrlhf_jax.models.llava_onevision.lmms_lab import assets_directory
 from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision, declare
 from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn import params as nn_params
@@ -64,7 +65,7 @@ def assets_of(model: str) -> epath.Path:
         return RunDirectory.at(model).model
     if is_adapter_directory(model):
         return assets_of(read_adapter_config(model).base)
-    return epath.Path(weights.resolve(model))
+    return assets_directory(weights.resolve(model))
 
 
 def load_model(
@@ -87,8 +88,9 @@ def load_model(
     config = read_config(str(assets))
     bare = declare(config)
     if not is_run(name):
-        declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(assets, bare))
-        return LoadedModel(config, weights.load_params(assets, declared, config, mesh, rules), assets)
+        directory = weights.resolve(name)  # the assets of lmms-lab's layout lie elsewhere
+        declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(directory, bare))
+        return LoadedModel(config, weights.load_params(directory, declared, config, mesh, rules), assets)
     checkpoints, step = _open(name, which)
     declared = with_dtypes(bare, rates, dtype or checkpoints.position(step)["dtypes"])
     params = checkpoints.params(step, nn_params.abstract(declared, mesh, rules))

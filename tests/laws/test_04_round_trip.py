@@ -19,7 +19,7 @@ from torchvision_shim import mend_torchvision
 
 from mmrlhf_jax.batch import Entry, Totals, pack
 from mmrlhf_jax.groups import Branch, Bucket, Rendered
-from mmrlhf_jax.models import key_table
+from mmrlhf_jax.models import key_table, safetensors_files
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
 from mmrlhf_jax.models.llava_onevision.fresh import write_fresh_files
 from mmrlhf_jax.models.llava_onevision.model import Compute, LlavaOnevision, declare, response_logps
@@ -113,7 +113,7 @@ def test_transformers_5_s_shorter_spelling_loads_too(copy):
 
 
 def test_large_models_are_written_in_shards_with_an_index(assets, tmp_path, monkeypatch):
-    monkeypatch.setattr(key_table, "SHARD_BYTES", 80_000)
+    monkeypatch.setattr(safetensors_files, "SHARD_BYTES", 80_000)
     out = tmp_path / "out"
     save_directory(random_params(), assets, out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
@@ -269,7 +269,7 @@ def test_transformers_loads_an_export_and_agrees(model, tmp_path, monkeypatch, d
     mend_torchvision()
     from transformers import LlavaOnevisionForConditionalGeneration
 
-    monkeypatch.setattr(key_table, "SHARD_BYTES", 80_000)
+    monkeypatch.setattr(safetensors_files, "SHARD_BYTES", 80_000)
     save_directory(load(model), model, tmp_path / "out", dtype)
     params = load(tmp_path / "out")
     theirs, report = LlavaOnevisionForConditionalGeneration.from_pretrained(

@@ -17,9 +17,10 @@ from etils import epath
 from jax.sharding import Mesh
 from safetensors.numpy import save
 
-from mmrlhf_jax.models.key_table import Key, SafetensorsDirectory, export_tensors, load
+from mmrlhf_jax.models.key_table import Key, export_tensors, load
 from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision
 from mmrlhf_jax.models.llava_onevision.weights import KEYS
+from mmrlhf_jax.models.safetensors_files import SafetensorsDirectory
 from mmrlhf_jax.nn.lora import Adapted, adapter_params
 from mmrlhf_jax.nn.params import map_named, named_leaves
 from mmrlhf_jax.nn.sharding import ShardingRules
@@ -68,12 +69,12 @@ def load_adapted(
 ) -> LlavaOnevision:
     """`params` with the adapters of a PEFT directory on them, fp32. Raises ValueError listing what does not fit."""
     config = read_adapter_config(directory)
-    source = SafetensorsDirectory(directory, _canonical)
-    adapted = [key.ours for key in _adaptable() if _names(key)[0].format(layer=0) in source.where]
-    if not adapted:
-        raise ValueError(f"{directory}: {WEIGHTS} adapts no kernel of this model's decoder or projector")
-    wanted = {name: {"a": a, "b": b} for name, (a, b) in adapter_params(declared, adapted, config.rank).items()}
-    loaded = load(source, wanted, _adapter_keys(adapted), mesh, rules)
+    with SafetensorsDirectory(directory, _canonical) as source:
+        adapted = [key.ours for key in _adaptable() if _names(key)[0].format(layer=0) in source.where]
+        if not adapted:
+            raise ValueError(f"{directory}: {WEIGHTS} adapts no kernel of this model's decoder or projector")
+        wanted = {name: {"a": a, "b": b} for name, (a, b) in adapter_params(declared, adapted, config.rank).items()}
+        loaded = load(source, wanted, _adapter_keys(adapted), mesh, rules)
 
     def one(name: str, leaf: Any) -> Any:
         return Adapted(leaf, loaded[name]["a"], loaded[name]["b"], config.scale) if name in loaded else leaf
@@ -91,7 +92,8 @@ def save_adapter(params: LlavaOnevision, output: str, *, base: str) -> None:
         raise ValueError("this model has no adapter; export its weights instead")
     rank = next(iter(kernels.values())).a.shape[-1]
     scale = next(iter(kernels.values())).scale
-    tensors = dict(export_tensors(params, _adapter_keys(list(kernels)), "float32"))
+    outgoing = export_tensors(params, _adapter_keys(list(kernels)), "float32")
+    tensors = {tensor.name: tensor.values() for tensor in outgoing}
     directory = epath.Path(output)
     if directory.exists():
         raise FileExistsError(f"{output} exists already; name another --output or remove it")

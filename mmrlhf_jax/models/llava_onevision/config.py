@@ -58,8 +58,8 @@ def read_config(directory: str) -> LlavaOnevisionConfig:
     raw = json.loads((path / "config.json").read_text())
     if raw.get("model_type") != "llava_onevision":
         raise ValueError(
-            f"{path / 'config.json'}: model_type is {raw.get('model_type')!r}; this reads 'llava_onevision' "
-            "(a llava-hf directory). Convert other layouts first."
+            f"{path / 'config.json'}: model_type is {raw.get('model_type')!r}; supported: 'llava_onevision' "
+            "(llava-hf's layout), and lmms-lab's with the architecture LlavaQwenForCausalLM"
         )
     hf: Any = HFConfig.from_dict(raw)
     text, vision = hf.text_config, hf.vision_config

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import transformers
@@ -67,7 +67,7 @@ def write_fresh_files(
         "config.json": hf_config(config),
         "tokenizer_config.json": _tokenizer_config(config),
         "processor_config.json": processor_config(config),
-        "generation_config.json": _generation_config(tokenizer),
+        "generation_config.json": generation_config(ids),
     }
     for name, document in documents.items():
         (path / name).write_text(json.dumps(document, indent=2) + "\n")
@@ -179,7 +179,7 @@ def _tokenizer_config(config: LlavaOnevisionConfig) -> dict[str, Any]:
     }
 
 
-def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    ids = tokenizer.get_vocab()
+def generation_config(ids: Mapping[str, int]) -> dict[str, Any]:
+    """The generation_config.json of a model whose tokenizer has these token ids: where an answer ends."""
     end, pad = ids["<|im_end|>"], ids["<|endoftext|>"]
     return {"eos_token_id": [end, pad], "pad_token_id": pad, "transformers_version": transformers.__version__}

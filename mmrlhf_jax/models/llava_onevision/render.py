@@ -19,6 +19,7 @@ from mmrlhf_jax.groups import Branch, Group, Lengths, Media, Rendered
 from mmrlhf_jax.models.llava_onevision.chat import Chat, Message
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
 from mmrlhf_jax.models.llava_onevision.layout import Taps, image_layout, image_taps, single_tile_taps, video_taps
+from mmrlhf_jax.models.llava_onevision.lmms_lab import assets_directory
 from mmrlhf_jax.models.llava_onevision.tiles import frame_tiles, image_tiles, single_tile
 
 RENDER_VERSION = 1  # raise it whenever the same group would render differently: stored log-probs then expire
@@ -228,14 +229,15 @@ class LlavaOnevisionRenderer:
 
 
 def load_renderer(directory: str, options: RenderOptions | None = None) -> LlavaOnevisionRenderer:
-    """The renderer of a Hugging Face directory in the llava-hf layout, local or remote (gs://); nothing is downloaded.
+    """The renderer of a Hugging Face directory in the llava-hf or lmms-lab layout, local or remote (gs://).
 
     The chat template is the processor's (chat_template.jinja, chat_template.json), else the tokenizer's: a tokenizer
     taken from the language model often brings a template that knows no pictures. Raises ValueError without any.
     """
-    config = read_config(directory)
-    tokenizer = _load_tokenizer(directory)
-    template = _chat_template(epath.Path(directory)) or tokenizer.chat_template
+    assets = assets_directory(directory)
+    config = read_config(str(assets))
+    tokenizer = _load_tokenizer(str(assets))
+    template = _chat_template(assets) or tokenizer.chat_template
     if not isinstance(template, str):
         raise ValueError(f"{directory}: no single chat template; put the model's into {directory}/chat_template.jinja")
     return LlavaOnevisionRenderer(config, tokenizer, template, options or RenderOptions(), name=directory)

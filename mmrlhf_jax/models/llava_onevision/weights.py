@@ -1,4 +1,5 @@
-"""LLaVA-OneVision checkpoints in and out, in the layout of llava-hf on the Hugging Face hub."""
+"""LLaVA-OneVision checkpoints in and out: read in the layouts of llava-hf (the table's) and lmms-lab, written in
+llava-hf's."""
 
 from __future__ import annotations
 
@@ -12,22 +13,17 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from mmrlhf_jax.models import key_table
-from mmrlhf_jax.models.key_table import (
-    DTYPES,
-    Key,
-    SafetensorsDirectory,
-    export_tensors,
-    load,
-    prefixed,
-    write_safetensors,
-)
+from mmrlhf_jax.models.key_table import Key, export_tensors, load, prefixed
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.fresh import write_fresh_files
 from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision, declare
+from mmrlhf_jax.models.llava_onevision.names import canonical
 from mmrlhf_jax.models.qwen2.weights import KEYS as QWEN2_KEYS
+from mmrlhf_jax.models.safetensors_files import DTYPES, INDEX, SafetensorsDirectory, write_safetensors
 from mmrlhf_jax.models.siglip.weights import KEYS as SIGLIP_KEYS
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
@@ -43,7 +39,6 @@ KEYS = [
 ]
 
 EMBEDDING, UNEMBEDDING = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
-TOWER = "vision_tower."
 RECORD = "mmrlhf_jax_export.json"
 
 # what makes a directory usable beside its weights; copied from the model a run started from
@@ -54,81 +49,101 @@ ASSETS = (
 )  # fmt: skip
 
 
-def canonical(name: str) -> str:
-    """The hub's spelling: transformers 5 also writes the tower without its `.vision_model`."""
-    if name.startswith(TOWER) and not name.startswith(f"{TOWER}vision_model."):
-        return f"{TOWER}vision_model.{name.removeprefix(TOWER)}"
-    return name
-
-
-def resolve(model: str) -> Path:
-    """A local directory, or the local copy of a hub id, which is downloaded only because the user named it."""
-    if os.path.isdir(model):
-        return Path(model)
+def resolve(model: str) -> epath.Path:
+    """A directory, local or remote (gs://), or the local copy of a hub id, which is downloaded only because the user
+    named it."""
+    if "://" in model or os.path.isdir(model):
+        return epath.Path(model)
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise FileNotFoundError(f"{model}: no such directory (and not a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.safetensors.index.json", *ASSETS]))
+    return epath.Path(snapshot_download(model, allow_patterns=["*.safetensors", INDEX, *ASSETS]))
 
 
-def stored_dtypes(directory: str | Path, declared: LlavaOnevision) -> dict[str, str]:
-    """The dtype each parameter has in a llava-hf directory, by name."""
+def stored_dtypes(directory: epath.PathLike, declared: LlavaOnevision) -> dict[str, str]:
+    """The dtype each parameter has in a model directory, by name."""
     return key_table.stored_dtypes(SafetensorsDirectory(directory, canonical), declared, KEYS)
 
 
 def load_params(
-    directory: str | Path, declared: LlavaOnevision, config: LlavaOnevisionConfig, mesh: Mesh, rules: ShardingRules
+    directory: epath.PathLike, declared: LlavaOnevision, config: LlavaOnevisionConfig, mesh: Mesh, rules: ShardingRules
 ) -> LlavaOnevision:
-    """Weights of a llava-hf directory, straight into their shards. Raises ValueError listing all that does not fit."""
-    source = SafetensorsDirectory(directory, canonical)
+    """Weights of a directory, in any spelling, straight into their shards. Raises ValueError listing all that does not
+    fit."""
     tied = config.decoder.tied
-    if tied and UNEMBEDDING in source.where and not np.array_equal(source.read(EMBEDDING), source.read(UNEMBEDDING)):
-        raise ValueError(f"{directory}: config.json ties the embeddings, yet {UNEMBEDDING} differs from {EMBEDDING}")
-    return load(source, declared, KEYS, mesh, rules, ignored=lambda name: tied and name == UNEMBEDDING)
+    with SafetensorsDirectory(directory, canonical) as source:
+        twice = tied and UNEMBEDDING in source.where
+        if twice and not np.array_equal(source.read(EMBEDDING), source.read(UNEMBEDDING)):
+            raise ValueError(
+                f"{directory}: config.json ties the embeddings, yet {UNEMBEDDING} differs from {EMBEDDING}"
+            )
+        return load(source, declared, KEYS, mesh, rules, ignored=lambda name: tied and name == UNEMBEDDING)
 
 
 def save_directory(
     params: LlavaOnevision,
-    assets: str | Path,
-    output: str | Path,
+    assets: epath.PathLike,
+    output: epath.PathLike,
     dtype: str = "float32",
     *,
     record: Mapping[str, Any] | None = None,
 ) -> None:
     """A complete Hugging Face directory: weights in the hub's spelling beside the assets of the model they came from.
 
-    `record` says what it was made from, in a file of its own. `output` appears only when whole. Raises FileExistsError
-    when it is already there.
+    `record` says what it was made from, in a file of its own. A local `output` appears only when whole; a remote one is
+    written locally, then uploaded with config.json, without which it is no model, and the record last. Raises
+    FileExistsError when it is already there.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {sorted(DTYPES)}")
-    output = Path(output)
+    output = epath.Path(output)
     if output.exists():
-        raise FileExistsError(f"{output} exists already; name another --output or remove it")
-    partial = output.with_name(f".{output.name}.partial")
+        unfinished = "" if (output / "config.json").exists() else " (without config.json: an upload that was cut off?)"
+        raise FileExistsError(f"{output} exists already{unfinished}; name another --output or remove it")
+    if "://" in str(output):
+        with tempfile.TemporaryDirectory() as local:
+            _write_whole(params, assets, Path(local), dtype, record)
+            _upload(Path(local), output)
+        return
+    partial = Path(output.with_name(f".{output.name}.partial"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    copy_assets(assets, partial)
-    raw: dict[str, Any] = json.loads((partial / "config.json").read_text())
-    raw.pop("torch_dtype", None)
-    raw["dtype"] = dtype
-    (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    write_safetensors(export_tensors(params, KEYS, dtype), partial)
-    if record is not None:
-        (partial / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
+    _write_whole(params, assets, partial, dtype, record)
     partial.rename(output)
 
 
-def copy_assets(source: str | Path, target: str | Path) -> None:
+def _write_whole(
+    params: LlavaOnevision, assets: epath.PathLike, output: Path, dtype: str, record: Mapping[str, Any] | None
+) -> None:
+    copy_assets(assets, output)
+    raw: dict[str, Any] = json.loads((output / "config.json").read_text())
+    raw.pop("torch_dtype", None)
+    raw["dtype"] = dtype
+    (output / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    write_safetensors(export_tensors(params, KEYS, dtype), output)
+    if record is not None:
+        (output / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
+
+
+def _upload(local: Path, output: epath.Path) -> None:
+    last = ("config.json", RECORD)
+    names = sorted(file.name for file in local.iterdir() if file.name not in last)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (*names, *(name for name in last if (local / name).exists())):
+        epath.Path(local / name).copy(output / name)
+        (local / name).unlink()  # a shard less on the disk
+
+
+def copy_assets(source: epath.PathLike, target: epath.PathLike) -> None:
     """Copies tokenizer, templates, processor and configs; raises FileNotFoundError when there is no config.json."""
-    source, target = Path(source), Path(target)
+    source, target = epath.Path(source), epath.Path(target)
     if not (source / "config.json").exists():
         raise FileNotFoundError(f"{source}: no config.json there; this is not a Hugging Face model directory")
     target.mkdir(parents=True, exist_ok=True)
     for name in ASSETS:
         if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+            (source / name).copy(target / name, overwrite=True)
 
 
 def new_directory(
