@@ -139,7 +139,10 @@ def test_a_share_that_leaves_a_side_empty_is_refused():
 
 
 def test_the_best_is_low_for_losses_and_high_for_the_rest():
-    records = [{"eval/loss": 2.0, "eval/rewards/accuracies": 0.5}, {"eval/loss": 3.0, "eval/rewards/accuracies": 0.9}]
+    records = [
+        {"step": 1, "eval/loss": 2.0, "eval/rewards/accuracies": 0.5},
+        {"step": 2, "eval/loss": 3.0, "eval/rewards/accuracies": 0.9},
+    ]
     assert best_record(records, "loss") is records[0]
     assert is_best(records, "rewards/accuracies")
     assert ran_out_of_patience(records, "loss", 1)
