@@ -20,6 +20,7 @@ from etils import epath
 from tqdm import tqdm
 
 from mmrlhf_jax.command import one_line
+from mmrlhf_jax.data import video
 from mmrlhf_jax.data.dataset import FORMAT_VERSION, DatasetError, read_metadata, write_dataset
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaError, MediaRoot, read_media, verify_media
 from mmrlhf_jax.data.report import Report, rejected_from_json, rejected_to_json, report_of
@@ -42,6 +43,8 @@ class PrepareOptions:
     media          root of all media paths; None where no row names any
     renderer       measures lengths; needed for `max_tokens`
     max_tokens     a group whose prompt + longest response is longer is rejected, never cut
+    max_frames     a frame directory with more is rejected
+    video_frames   so many, evenly spaced, are stored of a video file
     max_rejected   share of rejected rows (duplicates aside) above which nothing is prepared
     """
 
@@ -53,6 +56,7 @@ class PrepareOptions:
     renderer: Renderer | None = None
     max_tokens: int | None = None
     max_frames: int = MAX_FRAMES
+    video_frames: int = video.FRAMES
     max_rejected: float = 0.05
     workers: int = 4
     progress: bool = False
@@ -126,6 +130,7 @@ def _metadata(options: PrepareOptions) -> dict[str, Any]:
         "renderer": None if options.renderer is None else options.renderer.fingerprint,
         "max_tokens": options.max_tokens,
         "max_frames": options.max_frames,
+        "video_frames": options.video_frames,
     }
     canonical = json.dumps(stated, sort_keys=True)
     return {**stated, "fingerprint": hashlib.sha256(canonical.encode()).hexdigest()}
@@ -223,7 +228,7 @@ def _media_root(options: PrepareOptions) -> MediaRoot:
         raise PrepareError("the rows name pictures or videos: give their root with --media")
     if not epath.Path(options.media).is_dir():
         raise PrepareError(f"{options.media} is not a directory: correct --media")
-    return MediaRoot(options.media, max_frames=options.max_frames)
+    return MediaRoot(options.media, max_frames=options.max_frames, video_frames=options.video_frames)
 
 
 def _prove(media: Media, root: MediaRoot) -> Proven | str:
