@@ -13,7 +13,7 @@ Rotation and mirroring stated by the file are applied; a pixel that is not squar
 loader leaves it. Video files come from strangers: only three containers and the common codecs are opened, from a
 file handle and nothing a file names; sizes are bounded before a frame is decoded, the numbers of packets, frames and
 pixels as they come; nothing a header says about the number of frames is believed. What has an error in it is refused
-whole. FFmpeg's own tables, made from the file's index, are bounded by `MAX_FILE_BYTES` only.
+whole.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ MAX_FRAMES = 36_000  # decoded of a clip: 20 minutes at 30 a second
 MAX_DECODED_PIXELS = MAX_FRAMES * 1920 * 1080  # of a clip: as many in full HD
 MAX_PACKETS = 1_000_000  # of all streams
 THREADS = 4  # of a decoder; each holds frames
-
-JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
+JPEG_QUALITY, FULL_CHROMA = 95, 0
 
 
 def is_video_name(name: str) -> bool:
@@ -123,9 +122,7 @@ def _count_packets(file: BinaryIO, container: Container, max_pixels: int) -> int
     return count
 
 
-def _decode(
-    file: BinaryIO, container: Container, wanted: Collection[int], max_pixels: int
-) -> tuple[list[bytes], int]:
+def _decode(file: BinaryIO, container: Container, wanted: Collection[int], max_pixels: int) -> tuple[list[bytes], int]:
     """The frames `wanted`, encoded, and how many there are in all."""
     taken, frames, number, pixels = set(wanted), [], 0, 0
     with _opened(file, container, max_pixels) as (opened, stream):
@@ -151,8 +148,9 @@ def _opened(
     import av
 
     file.seek(0)
-    # The bound is given to the decoders too, for the sizes that stand inside the stream: opening a file decodes some.
-    bounds = {"max_pixels": str(max_pixels)}
+    # Decoders get a bound too, for sizes that stand inside the stream: opening a file decodes some. It is a wider one,
+    # because they count borders and scratch space.
+    bounds = {"max_pixels": str(2 * max_pixels + 2**16)}
     with av.open(
         file,
         mode="r",
@@ -182,8 +180,8 @@ def _check_size(width: int, height: int, max_pixels: int) -> int:
     """Pixels of a frame."""
     if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE and width * height <= max_pixels):
         raise VideoError(
-            f"frames of {width}x{height} pixels; 1 to {max_pixels}, of at most {MAX_SIDE} a side, are read: "
-            "shrink the video"
+            f"frames of {f'{width}x{height} pixels' if width and height else 'no readable size'}; at most "
+            f"{max_pixels} pixels, {MAX_SIDE} a side, are read: shrink the video"
         )
     return width * height
 
@@ -197,7 +195,8 @@ def _too_long() -> str:
 
 def _encode(frame: av.VideoFrame) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(_upright(frame.to_ndarray(format="rgb24"), frame)).save(buffer, **JPEG)
+    picture = Image.fromarray(_upright(frame.to_ndarray(format="rgb24"), frame))
+    picture.save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=FULL_CHROMA)
     return buffer.getvalue()
 
 
@@ -207,10 +206,10 @@ def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
     The matrix is nine i32, of which [0], [1] and [3], [4] say where the stored x and y axes point on the screen
     (ISO/IEC 14496-12, 8.3.2; both y axes point down).
     """
-    matrix = next((bytes(data) for data in frame.side_data if data.type.name == "DISPLAYMATRIX"), None)
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
-    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     if not ((b == c == 0 and a and d) or (a == d == 0 and b and c)):
         raise VideoError("turned by no multiple of 90 degrees: re-encode the video upright")
     if a == d == 0:
@@ -229,5 +228,6 @@ def _one_line_errors() -> Iterator[None]:
     except Exception as error:  # FFmpeg and PyAV raise a dozen types on damaged files
         if isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
             raise  # the file's own
-        reason = " ".join(str(error).split()) or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error)  # strerror leaves out the path on this machine
+        reason = " ".join(said.split()) or type(error).__name__
         raise VideoError(f"cannot be decoded ({reason}): replace the file or drop the row") from error
