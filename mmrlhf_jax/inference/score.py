@@ -6,7 +6,7 @@ One forward a group, without gradient. Written in parts as it goes, so a killed 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -39,6 +39,7 @@ class ScoreConfig:
 
 def write_reference_logps(
     dataset: PreparedDataset,
+    rows: Collection[int],
     renderer: Renderer,
     model: LoadedModel,
     store: AnnotationStore,
@@ -46,8 +47,8 @@ def write_reference_logps(
     compute: Compute,
     config: ScoreConfig,
 ) -> int:
-    """Stores `logp` f32 [tokens of all responses, end to end] for every row that has none yet; returns how many it
-    wrote."""
+    """Stores `logp` f32 [tokens of all responses, end to end] for each of `rows` that has none yet; returns how many
+    it wrote."""
     groups = list(dataset.groups())
     selection = Selection(preferences=False)
     items = select(groups, measure(groups, renderer), selection)
@@ -61,15 +62,15 @@ def write_reference_logps(
         groups_per_step=len(items.items),
         tile_cost=4 * model.config.tile_cost,  # a forward alone: the tower is no longer the cheap part
     )
-    todo = sorted(set(range(len(groups))) - store.done())
+    todo = sorted(set(rows) - store.done())
     plan = reading_plan(items, buckets.buckets, buckets.assignment, todo)
     loader = Loader(dataset, renderer, items.items, buckets.buckets, selection, items.responses)
     score = jax.jit(lambda params, batch: response_logps(params, model.config, batch, compute).logp)
     pending: dict[int, np.ndarray] = {}
-    with jax.set_mesh(mesh), tqdm(total=len(groups), initial=len(groups) - len(todo), unit="group") as bar:
+    with jax.set_mesh(mesh), tqdm(total=len(rows), initial=len(rows) - len(todo), unit="group") as bar:
         for _, batch in micro_batches(plan, loader, workers=config.workers):
             logp = np.asarray(jax.device_get(score(model.params, to_devices(batch, mesh))))
-            found = split_rows(logp, batch, items)
+            found = split_rows(logp, batch, items, dataset.path)
             pending.update(found)
             bar.update(len(found))
             if len(pending) >= config.rows_per_part:
@@ -78,8 +79,9 @@ def write_reference_logps(
     return len(todo)
 
 
-def split_rows(logp: np.ndarray, batch: GroupBatch, items: Items) -> dict[int, np.ndarray]:
-    """Log-probs f32 [B, S] as one array a dataset row, padding removed. Raises ValueError at one that is not finite."""
+def split_rows(logp: np.ndarray, batch: GroupBatch, items: Items, path: str) -> dict[int, np.ndarray]:
+    """Log-probs f32 [B, S] as one array a row of the dataset at `path`, padding removed. Raises ValueError at one that
+    is not finite."""
     p, branches = batch.tap_index.shape[1], batch.branch_end.shape[1]
     out = {}
     for b, row in enumerate(np.asarray(batch.row)):
@@ -87,7 +89,7 @@ def split_rows(logp: np.ndarray, batch: GroupBatch, items: Items) -> dict[int, n
             continue
         values = logp[b, batch.branch[b, p:] < branches]
         if not np.isfinite(values).all():
-            raise ValueError(f"row {row}: the model gives non-finite log-probs; try compute dtype float32")
+            raise ValueError(f"{path} row {row}: the model gives non-finite log-probs; try compute dtype float32")
         out[int(row)] = values
     return out
 

@@ -439,6 +439,7 @@ def test_how_many_frames_are_stored_is_part_of_the_dataset(clips: Path) -> None:
         prepare(options(clips, video_frames=12))
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_video_files(clips: Path, small_world: Any) -> None:
     prepare(options(clips, video_frames=12))
     for file in (clips / "media").iterdir():
