@@ -89,6 +89,7 @@ class MediaRoot:
     max_frames: int = MAX_FRAMES  # of a directory
     max_pixels: int = MAX_PIXELS
     video_frames: int = video.FRAMES  # taken from a video file
+    spool: str | None = None  # a directory that keeps these, so that a second reading decodes nothing
 
     def resolve(self, relative: str) -> epath.Path:
         """The path under the root.
@@ -186,12 +187,26 @@ def _read_file(path: epath.Path, name: str) -> bytes:
 
 
 def _frames_of_file(path: epath.Path, name: str, root: MediaRoot) -> tuple[bytes, ...]:
+    kept = root.spool and epath.Path(root.spool) / hashlib.sha256(os.fsencode(name)).hexdigest()
+    if kept and kept.exists():
+        return video.unpack(kept.read_bytes())
     try:
-        return video.read_frames(path, root.video_frames, max_pixels=root.max_pixels)
+        frames = video.read_frames(path, root.video_frames, max_pixels=root.max_pixels)
     except video.VideoError as error:
         raise MediaError(f"{name!r}: {error}") from error
     except OSError as error:
         raise MediaError(f"{name!r} cannot be read ({_one_line(error)}): check its permissions") from error
+    if kept:
+        _keep(kept, video.pack(frames))
+    return frames
+
+
+def _keep(path: epath.Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:  # no fault of the row's
+        raise ValueError(f"frames cannot be kept in {path.parent} ({_one_line(error)}): make room there") from error
 
 
 def _frame_names(path: epath.Path, name: str, max_frames: int) -> list[str]:

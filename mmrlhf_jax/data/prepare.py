@@ -6,12 +6,13 @@ is cut to fit and nothing stands in for something else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,6 +102,11 @@ def prepare(options: PrepareOptions) -> Report:
         _clear_aside(output)
         _check_share(done, options, output)
         return done
+    with _frames_kept(options):
+        return _prepare(output, metadata, options)
+
+
+def _prepare(output: epath.Path, metadata: dict[str, Any], options: PrepareOptions) -> Report:
     sorting = _read(options)
     bytes_of = _prove_media(sorting, options)
     measured, over = _measure(sorting, options)
@@ -228,7 +234,28 @@ def _media_root(options: PrepareOptions) -> MediaRoot:
         raise PrepareError("the rows name pictures or videos: give their root with --media")
     if not epath.Path(options.media).is_dir():
         raise PrepareError(f"{options.media} is not a directory: correct --media")
-    return MediaRoot(options.media, max_frames=options.max_frames, video_frames=options.video_frames)
+    return MediaRoot(
+        options.media,
+        max_frames=options.max_frames,
+        video_frames=options.video_frames,
+        spool=os.fspath(_spool(options)),
+    )
+
+
+def _spool(options: PrepareOptions) -> epath.Path:
+    """Where frames of video files wait, beside the dataset, from their proof to their writing."""
+    output = epath.Path(options.output)
+    return output.parent / f".{output.name}.frames"
+
+
+@contextlib.contextmanager
+def _frames_kept(options: PrepareOptions) -> Iterator[None]:
+    """The spool is empty before and gone after: what an interrupted run left may be frames of other files."""
+    _clear(_spool(options))
+    try:
+        yield
+    finally:
+        _clear(_spool(options))
 
 
 def _prove(media: Media, root: MediaRoot) -> Proven | str:
@@ -301,9 +328,13 @@ def _write(
 def _clear_aside(output: epath.Path) -> epath.Path:
     """Where a dataset is written before it gets its name, emptied of what an interrupted run left."""
     aside = output.parent / f".{output.name}.preparing"
-    if aside.exists():
-        aside.rmtree()
+    _clear(aside)
     return aside
+
+
+def _clear(directory: epath.Path) -> None:
+    if directory.exists():
+        directory.rmtree()
 
 
 def _reload(group: Group, options: PrepareOptions) -> list[bytes]:

@@ -1,6 +1,7 @@
 """Evenly spaced frames of a video file as encoded pictures, through PyAV (the `video` extra).
 
-Decoded once, when a dataset is prepared; training reads pictures. Frames are numbered as they are shown; with n of
+Decoded once, when a dataset is prepared (which proves all media before it writes any: between the two the frames wait
+on disk, see `MediaRoot.spool`); training reads pictures. Frames are numbered as they are shown; with n of
 them, those at linspace(0, n - 1, N) cut to integers are stored, all of a shorter clip: the rule of the released
 loader, and of the renderer, which later takes its own `frames` of the stored ones by the same rule. (Store as many as
 a run takes, and it sees just what the released loader saw.)
@@ -21,7 +22,8 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Collection, Iterator
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -48,7 +50,6 @@ MAX_PIXELS = 8192 * 4320  # of a frame: 8K
 MAX_FRAMES = 36_000  # decoded of a clip: 20 minutes at 30 a second
 MAX_DECODED_PIXELS = MAX_FRAMES * 1920 * 1080  # of a clip: as many in full HD
 MAX_PACKETS = 1_000_000  # of all streams
-THREADS = 4  # of a decoder; each holds frames
 JPEG_QUALITY, FULL_CHROMA = 95, 0
 
 
@@ -78,6 +79,21 @@ def read_frames(path: epath.Path, count: int, *, max_pixels: int = MAX_PIXELS) -
             if found != guess:
                 frames, _ = _decode(file, container, evenly(found, count), bound)
     return tuple(frames)
+
+
+def pack(frames: Sequence[bytes]) -> bytes:
+    """Frames as one file, a zip without compression."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for number, frame in enumerate(frames):
+            archive.writestr(f"{number:06}.jpg", frame)
+    return buffer.getvalue()
+
+
+def unpack(packed: bytes) -> tuple[bytes, ...]:
+    """Inverse of `pack`."""
+    with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+        return tuple(archive.read(name) for name in archive.namelist())
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -168,7 +184,7 @@ def _opened(
             raise VideoError(f"its video is {name}, which is not read: re-encode it as H.264 (in .mp4)")
         _check_size(codec.width, codec.height, max_pixels)
         codec.options = bounds
-        codec.thread_type, codec.thread_count = "AUTO", THREADS
+        codec.thread_count = 1  # with more, what becomes of a damaged frame depends on which thread comes first
         yield opened, stream
 
 

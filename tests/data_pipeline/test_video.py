@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import os
 import re
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from data_samples import SHARED, picture, row, write_rows
+from etils import epath
 from PIL import Image
 from small_world import ROOT, metrics
 
@@ -431,6 +433,33 @@ def test_a_prepared_video_is_its_frames_and_a_broken_one_costs_its_own_row(clips
     first, second = (open_dataset(clips / "out").with_media(i).media[0] for i in range(2))
     assert numbers(first)[:3] == [0, 3, 7]
     assert len(second.encoded) == 5
+
+
+def test_a_video_is_decoded_once_and_nothing_is_left_behind(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[str] = []
+    read = video.read_frames
+
+    def counted(path: Any, count: int, **bounds: Any) -> tuple[bytes, ...]:
+        decoded.append(path.name)
+        return read(path, count, **bounds)
+
+    monkeypatch.setattr(video, "read_frames", counted)
+    (clips / ".out.frames").mkdir()  # a run that was killed here had another a.mp4
+    (clips / ".out.frames" / hashlib.sha256(b"a.mp4").hexdigest()).write_bytes(video.pack([picture()]))
+    assert prepare(options(clips)).frames == 37
+    assert sorted(decoded) == ["a.mp4", "b.webm", "broken.mp4"]
+    assert sorted(path.name for path in clips.iterdir()) == ["in.jsonl", "media", "out"]
+
+
+def test_a_full_disk_is_not_the_fault_of_a_row(clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(epath.Path(clips)), "write_bytes", full)
+    with pytest.raises(
+        ValueError, match=r"frames cannot be kept in .*\.out\.frames \(.*No space left.*\): make room there"
+    ):
+        prepare(options(clips))
 
 
 def test_how_many_frames_are_stored_is_part_of_the_dataset(clips: Path) -> None:
