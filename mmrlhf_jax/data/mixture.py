@@ -108,7 +108,9 @@ def open_mixture(path: str, open_part: Callable[[str], PreparedDataset]) -> Mixe
     stated: list[tuple[str, float, int | None, str | None]] = []
     for part in parts:
         where = _resolved(path, part.dataset)
-        dataset = opened.get(where) or opened.setdefault(where, _open(path, part, where, open_part))
+        if where not in opened:
+            opened[where] = _open(path, part, where, open_part)
+        dataset = opened[where]
         number = list(opened).index(where)
         places += [(number, row) for row in _rows(path, seed, part, dataset)]
         stated.append((dataset.fingerprint, part.weight, part.limit, part.subset))
