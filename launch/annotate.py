@@ -20,7 +20,9 @@ from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_renderer
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.data import REFERENCE, reference_key
-from mmrlhf_jax.training.run import INFERENCE, load_model, model_fingerprint
+from mmrlhf_jax.training.distributed import join_processes, say
+from mmrlhf_jax.training.model import load_model, model_fingerprint
+from mmrlhf_jax.training.recipe import INFERENCE
 from mmrlhf_jax.training.runtime import set_up_jax
 
 
@@ -47,6 +49,7 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="annotate.py")
+    join_processes()
     set_up_jax(arguments.dtype)
     dataset = open_dataset(arguments.dataset)
     mesh = make_mesh(arguments.mesh)
@@ -65,7 +68,7 @@ def main() -> None:
         store = AnnotationStore.open(part.path, REFERENCE, key)
         written = write_reference_logps(part, rows, renderer, model, store, mesh, compute, arguments.score)
         done = "done already" if not written else f"{written} groups scored"
-        print(f"{done}: {len(rows)} stored in {store.directory}")
+        say(f"{done}: {len(rows)} stored in {store.directory}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 import tyro
 
 from mmrlhf_jax.command import run_command
+from mmrlhf_jax.models.llava_onevision.adapter import save_adapter
 from mmrlhf_jax.models.llava_onevision.weights import RECORD, save_directory
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-from mmrlhf_jax.training.recipe import PartRates
-from mmrlhf_jax.training.run import RunDirectory, load_model, model_fingerprint
+from mmrlhf_jax.training.model import base_of, load_adapters, load_model, model_fingerprint, split_model
+from mmrlhf_jax.training.recipe import INFERENCE, PartRates
+from mmrlhf_jax.training.run import RunDirectory
 from mmrlhf_jax.training.runtime import set_up_jax
 
 
@@ -22,22 +24,24 @@ class Export:
     """Write a RUN (or any MODEL) as a Hugging Face directory that transformers, vLLM and lmms-eval load."""
 
     model: Annotated[str, tyro.conf.Positional]
-    """a RUN, a Hugging Face directory or a hub id"""
+    """a RUN (RUN@best, RUN@STEP: another than its latest checkpoint), a Hugging Face directory or a hub id"""
     output: str
     """the directory to make; it appears only when whole"""
-    step: int | None = None
-    """the RUN's checkpoint to export; its latest by default"""
+    adapter: bool = False
+    """of a LoRA run, write the adapter alone, as a PEFT directory, instead of merged weights"""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """of the written weights; bfloat16 rounds away part of a small learning rate's work, float32 keeps it all"""
+    """of the written weights; bfloat16 rounds away part of a small learning rate's work, float32 keeps it all. An
+    adapter is always float32"""
 
 
 def main() -> None:
     command = tyro.cli(Export, prog="export.py")
     set_up_jax("float32")
+    if command.adapter:
+        _export_adapter(command)
+        return
     whole = PartRates(decoder=1.0, projector=1.0, tower=1.0)  # every value as it was trained, before rounding
-    model = load_model(
-        command.model, make_mesh(MeshConfig()), ShardingRules(), rates=whole, dtype="float32", step=command.step
-    )
+    model = load_model(command.model, make_mesh(MeshConfig()), ShardingRules(), rates=whole, dtype="float32")
     record = {"weights": model_fingerprint(model.config, model.params), "step": model.step, "dtype": command.dtype}
     written = Path(command.output) / RECORD
     if written.exists() and json.loads(written.read_text()) == record:
@@ -47,10 +51,20 @@ def main() -> None:
     print(f"wrote {command.output} ({command.dtype}){_source(command.model, model.step)}")
 
 
+def _export_adapter(command: Export) -> None:
+    model = load_adapters(command.model, make_mesh(MeshConfig()), ShardingRules(), rates=INFERENCE)
+    if model is None:
+        raise ValueError(
+            f"{command.model} has no adapter: it is no LoRA run. Leave out --adapter to export its weights"
+        )
+    save_adapter(model.params, command.output, base=base_of(command.model))
+    print(f"wrote the adapter {command.output}{_source(command.model, model.step)}")
+
+
 def _source(model: str, step: int | None) -> str:
     if step is None:
         return ""
-    unfinished = "" if RunDirectory(Path(model)).complete.exists() else " of a run that is not finished"
+    unfinished = "" if RunDirectory.at(split_model(model)[0]).complete.exists() else " of a run that is not finished"
     return f" from checkpoint {step}{unfinished}"
 
 

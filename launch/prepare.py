@@ -26,19 +26,27 @@ class Arguments:
     """Preference files of any known format -> a prepared dataset of groups."""
 
     source: str
-    """Format of the input: mm_rlhf (dpo_pairs.jsonl, mm_reward_bench.jsonl) or mapped (fields named by --map)."""
+    """Format of the input, one of:
+    mm_rlhf: MM-RLHF's dpo_pairs.jsonl and mm_reward_bench.jsonl;
+    trl: TRL's prompt, chosen, rejected as strings or messages (the prompt may be implicit), with images or image;
+    sharegpt: LLaMA-Factory's conversations or messages, with chosen and rejected or (SFT) without, images, videos;
+    rlhf_v: RLAIF-V-Dataset and RLHF-V-Dataset;
+    mapped: one query a row with all its responses, fields named by --map."""
     input: tuple[str, ...]
-    """JSON-lines or JSON-array files."""
+    """JSON-lines, JSON-array or .parquet files.
+    A picture in them is a path under --media, a data URI (data:image/...;base64,...), or {bytes, path} as datasets has
+    it, bytes being base64 in JSON."""
     output: str
     """Directory of the prepared dataset; must not hold anything else."""
     media: str | None = None
-    """Root of all picture and video paths; paths that leave it are refused."""
+    """Root of all picture and video paths; paths that leave it are refused. Pictures that stand in rows need none."""
     model: str | None = None
     """Model directory whose renderer measures lengths."""
     map: tuple[str, ...] = ()
-    """For --source mapped: TARGET=FIELD pairs, such as responses=answers rank=ranking."""
+    """TARGET=FIELD pairs: for --source mapped such as responses=answers rank=ranking;
+    for --source sharegpt columns and tags as in LLaMA-Factory's dataset_info.json, such as messages=chat."""
     margin_column: str | None = None
-    """For --source mm_rlhf: the column with each pair's margin."""
+    """The column with each pair's margin; for every source but mapped."""
     max_tokens: int | None = None
     """Reject groups whose prompt + longest response has more tokens (needs --model)."""
     max_frames: int = MAX_FRAMES
@@ -47,6 +55,8 @@ class Arguments:
     """Store so many evenly spaced frames of a video file; a run takes its own --render.frames of these."""
     max_rejected: float = 0.05
     """Fail, and prepare nothing, if a larger share of rows is rejected (duplicates aside)."""
+    limit: int | None = None
+    """Prepare only the first so many groups (all rows are read: those of a group may stand anywhere)."""
     workers: int = 4
     """Threads that read and decode media."""
 
@@ -68,7 +78,7 @@ def _options(arguments: Arguments) -> PrepareOptions:
         raise UsageError("--max-tokens needs --model: lengths are counted in the model's tokens")
     if not 0 <= arguments.max_rejected <= 1:
         raise UsageError(f"--max-rejected {arguments.max_rejected} is not a share between 0 and 1")
-    for name in ("max_tokens", "max_frames", "video_frames", "workers"):
+    for name in ("max_tokens", "max_frames", "video_frames", "limit", "workers"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
@@ -83,6 +93,7 @@ def _options(arguments: Arguments) -> PrepareOptions:
         max_frames=arguments.max_frames,
         video_frames=arguments.video_frames,
         max_rejected=arguments.max_rejected,
+        limit=arguments.limit,
         workers=arguments.workers,
         progress=True,
     )

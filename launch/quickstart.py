@@ -225,7 +225,8 @@ def _evaluate(output: Path, results: Path) -> None:
     from mmrlhf_jax.models.llava_onevision.render import load_renderer
     from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
     from mmrlhf_jax.training.data import reference_key
-    from mmrlhf_jax.training.run import INFERENCE, load_model, model_fingerprint
+    from mmrlhf_jax.training.model import load_model, model_fingerprint
+    from mmrlhf_jax.training.recipe import INFERENCE
     from mmrlhf_jax.training.runtime import set_up_jax
 
     set_up_jax("float32")

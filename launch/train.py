@@ -1,10 +1,12 @@
 """Train a recipe: python launch/train.py configs/RECIPE.py --output RUN [--field.subfield VALUE ...]
 
-The same command again resumes. configs/RECIPE.py --help lists every field with its value in that recipe.
+The same command again resumes. configs/RECIPE.py --help lists every field with its value in that recipe. On several
+hosts start the same command on each (launch/tpu_pod.sh, launch/slurm.sbatch, launch/gke.sh do).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Annotated
 
@@ -23,17 +25,22 @@ def main() -> None:
 
     def command(
         output: str,
+        profile: str = default.log.profile,
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = default,
     ) -> None:
         """Train a recipe; the same command again resumes.
 
         Args:
-            output: the RUN directory; everything of the run is kept there
+            output: the RUN directory, local or gs://; everything of the run is kept there
+            profile: START:STOP, the steps whose trace is written into RUN/profile; short for --log.profile
             recipe: what to run
         """
+        from mmrlhf_jax.training.distributed import join_processes
         from mmrlhf_jax.training.train import train
 
-        train(recipe, output)
+        join_processes()
+        log = recipe.log if profile == default.log.profile else dataclasses.replace(recipe.log, profile=profile)
+        train(dataclasses.replace(recipe, log=log), output)
 
     tyro.cli(command, prog=f"train.py {file}", args=arguments)
 

@@ -44,8 +44,11 @@ class Media:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
+    """What one side says. `media` of the group's media stand before its text, see `Group.media_before`."""
+
     role: Literal["system", "user", "assistant"]
     text: str
+    media: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,10 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One prompt and its ranked responses. The media stand before the text of the first user turn."""
+    """One prompt and its ranked responses.
+
+    The media stand before the text of the first user turn, unless turns say how many stand before theirs.
+    """
 
     id: str
     prompt: tuple[Turn, ...]
@@ -77,6 +83,16 @@ class Group:
     responses: tuple[Response, ...]
     pairs: tuple[Pair, ...]
     origins: tuple[Origin, ...]
+
+    def media_before(self) -> tuple[int, ...]:
+        """How many media stand before the text of each turn; they follow each other in the order of `media`."""
+        counts = tuple(turn.media for turn in self.prompt)
+        return counts if any(counts) else self._media_first()
+
+    def _media_first(self) -> tuple[int, ...]:
+        """All of them before the first user turn."""
+        first = next((i for i, turn in enumerate(self.prompt) if turn.role == "user"), None)
+        return tuple(len(self.media) * (i == first) for i in range(len(self.prompt)))
 
     def margin(self, pair: Pair) -> float | None:
         """A pair's own margin, else the difference of its responses' scores, else None."""
@@ -87,8 +103,11 @@ class Group:
 
     def content_hash(self) -> str:
         """sha256 of everything a log-probability depends on: prompt, pictures, response texts in order."""
+        prompt: list[list[Any]] = [[turn.role, turn.text] for turn in self.prompt]
+        if (counts := self.media_before()) != self._media_first():
+            prompt = [[*turn, count] for turn, count in zip(prompt, counts, strict=True)]
         content = {
-            "prompt": [[turn.role, turn.text] for turn in self.prompt],
+            "prompt": prompt,
             "media": [[media.kind, media.sha256] for media in self.media],
             "responses": [response.text for response in self.responses],
         }
@@ -97,7 +116,11 @@ class Group:
     def to_json(self) -> str:
         """The group without its encoded pictures, as one JSON object."""
         bare = dataclasses.replace(self, media=tuple(dataclasses.replace(m, encoded=()) for m in self.media))
-        return json.dumps(dataclasses.asdict(bare), ensure_ascii=True)
+        raw = dataclasses.asdict(bare)
+        for turn in raw["prompt"]:
+            if not turn["media"]:
+                del turn["media"]  # so that groups which do not need it are stored as they were before it existed
+        return json.dumps(raw, ensure_ascii=True)
 
     @classmethod
     def from_json(cls, text: str) -> Group:

@@ -23,3 +23,21 @@ def small_world(tmp_path_factory):
     from small_world import make_small_world
 
     return make_small_world(tmp_path_factory.mktemp("small-world"))
+
+
+@pytest.fixture(scope="session")
+def _object_store():
+    from object_store import object_store
+
+    with object_store():
+        yield
+
+
+@pytest.fixture
+def gs(_object_store):
+    """An empty place in a bucket: gs://..."""
+    import uuid
+
+    from object_store import BUCKET
+
+    return f"gs://{BUCKET}/{uuid.uuid4().hex}"

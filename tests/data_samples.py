@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from mmrlhf_jax.groups import Group, Lengths
+from mmrlhf_jax.data.sources.rows import Item, Rejected, Remark
+from mmrlhf_jax.groups import Group, Lengths, Media
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared"
 
@@ -50,6 +53,30 @@ def write_rows(path: Path, rows: list[Any]) -> str:
     lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return str(path)
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]], schema: Any = None, **options: Any) -> str:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    whole = [{name: row.get(name) for name in names} for row in rows]  # pyarrow looks at the first row's names alone
+    pq.write_table(pa.Table.from_pylist(whole, schema=schema), path, **options)
+    return str(path)
+
+
+def sorted_out(items: Iterable[Item]) -> tuple[list[Group], dict[int, str], dict[str, int]]:
+    """Groups, line -> reason of rejection, remark -> rows."""
+    items = list(items)
+    groups = [item for item in items if isinstance(item, Group)]
+    rejected = {item.origin.line: item.reason for item in items if isinstance(item, Rejected)}
+    remarks = {item.text: item.rows for item in items if isinstance(item, Remark)}
+    return groups, rejected, remarks
+
+
+def embedded(data: bytes) -> Media:
+    """What a picture that stands in a row is read as."""
+    return Media("image", f"embedded:{hashlib.sha256(data).hexdigest()}")
 
 
 class WordCounter:

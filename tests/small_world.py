@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -90,6 +91,39 @@ def run(program: str, *arguments: object, devices: int = 1) -> str:
     if done.returncode:
         raise AssertionError(f"{program} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.stdout
+
+
+def start_processes(program: str, *arguments: object, processes: int, devices: int) -> list[subprocess.Popen]:
+    """The program on `processes` virtual hosts of `devices` each, joined over the loopback; not waited for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    return [
+        subprocess.Popen(
+            command(program, *arguments),
+            env={**environment(devices), **joined, "JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for number in range(processes)
+    ]
+
+
+def run_processes(program: str, *arguments: object, processes: int, devices: int) -> list[str]:
+    """Runs a program on several virtual hosts to its end; what each printed. Raises when one fails."""
+    started = start_processes(program, *arguments, processes=processes, devices=devices)
+    try:
+        printed = [process.communicate(timeout=500)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for number, process in enumerate(started):
+        if process.returncode:
+            raise AssertionError(f"process {number} of {program} ended with {process.returncode}\n{printed[number]}")
+    return printed
 
 
 def metrics(run_directory: Path) -> list[dict]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.data.dataset import PreparedDataset
 
 _KIND = re.compile(r"[a-z][a-z0-9_]*")
@@ -55,10 +56,10 @@ class AnnotationStore:
         except (TypeError, ValueError) as error:
             raise AnnotationError(f"the key of {kind!r} is not JSON: {error}") from error
         name = f"{kind}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        directory = epath.Path(dataset_path) / "annotations" / name
+        directory = storage.to_path(dataset_path) / "annotations" / name
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / "key.json").exists():
-            _write_whole(directory / "key.json", text.encode())
+            storage.write_whole(directory / "key.json", text.encode())
         stored = _read_key(directory)
         if stored != json.loads(text):
             raise AnnotationError(f"{directory}/key.json holds another key ({stored}): remove the directory")
@@ -100,7 +101,7 @@ class AnnotationStore:
         buffer = io.BytesIO()
         np.savez(buffer, **columns)  # type: ignore[arg-type]
         name = f"part-{min(rows)}-{len(rows)}.npz"
-        _write_whole(self.directory / name, buffer.getvalue())
+        storage.write_whole(self.directory / name, buffer.getvalue())
         self._rows_of[name] = tuple(int(row) for row in rows)
 
     def read(self, dataset: PreparedDataset) -> dict[int, dict[str, np.ndarray]]:
@@ -142,7 +143,7 @@ class AnnotationStore:
 
 def find(dataset_path: str | os.PathLike[str], kind: str) -> tuple[AnnotationStore, ...]:
     """All stores of `kind`, by directory name; their keys say how each was made."""
-    root = epath.Path(dataset_path) / "annotations"
+    root = storage.to_path(dataset_path) / "annotations"
     if not root.exists():
         return ()
     found = re.compile(re.escape(kind) + r"-[0-9a-f]{16}")
@@ -189,10 +190,3 @@ def _stack(name: str, values: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndar
                 f"{name}: {value.dtype} {value.shape} does not stack with {first.dtype} {first.shape}"
             )
     return np.concatenate([np.asarray(v) for v in values]), np.asarray([len(v) for v in values], np.int64)
-
-
-def _write_whole(path: epath.Path, data: bytes) -> None:
-    """A reader sees no file or all of it. The name aside is the same each time, so a killed run leaves one at most."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_bytes(data)
-    aside.replace(path)

@@ -4,6 +4,9 @@ Two splits in the same order: `groups` holds texts and picture sizes (`Group.to_
 all pictures and frames of the group, so a reader scans texts without touching pixels. TensorFlow is never imported.
 `metadata.json` carries a fingerprint of the inputs and options it was made from.
 
+ArrayRecord files are written and read on local disks only. A dataset on gs:// is uploaded when it is whole, and copied
+once per host before it is read (`storage.local_copy`).
+
 Wherever a dataset is named, a mixture of several may be: see `data.mixture`.
 """
 
@@ -14,14 +17,18 @@ import dataclasses
 import io
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.data.media import digest
 from mmrlhf_jax.data.mixture import MixedDataset, open_mixture
 from mmrlhf_jax.groups import Group
@@ -29,6 +36,8 @@ from mmrlhf_jax.groups import Group
 FORMAT_VERSION = 1  # raised whenever the same inputs would be stored differently
 SHARD_BYTES = 256 * 2**20  # also what the writer holds in memory
 SCAN_ROWS = 1024
+INFO_FILE = "dataset_info.json"  # what TFDS knows a dataset by, hence the last one uploaded
+UPLOADING = ".uploading"  # an object that stands beside half a dataset
 
 Example = dict[str, Any]
 
@@ -54,9 +63,11 @@ class PreparedGroups(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
         byte_counts: Sequence[int],
         load: Callable[[Group], list[bytes]],
         metadata: Mapping[str, Any],
+        workers: int,
         **options: Any,
     ):
         self._groups, self._byte_counts, self._load, self._stamp = groups, byte_counts, load, metadata
+        self._workers = workers
         super().__init__(**options)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -82,8 +93,9 @@ class PreparedGroups(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
             yield row, {"record": self._groups[row].to_json(), "encoded": []}
 
     def _pictures(self, rows: range) -> Iterator[tuple[int, Example]]:
-        for row in rows:
-            yield row, {"record": "", "encoded": self._load(self._groups[row])}
+        loaded = _ahead(self._load, [self._groups[row] for row in rows], self._workers)
+        for row, encoded in zip(rows, loaded, strict=True):
+            yield row, {"record": "", "encoded": encoded}
 
 
 def _shards(byte_counts: Sequence[int]) -> list[range]:
@@ -93,22 +105,37 @@ def _shards(byte_counts: Sequence[int]) -> list[range]:
     return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
+def _ahead(load: Callable[[Group], list[bytes]], groups: Sequence[Group], workers: int) -> Iterator[list[bytes]]:
+    """`map` on threads, at most `workers` results ahead of the reader: files in a bucket answer late."""
+    waiting: deque[Future[list[bytes]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for group in groups:
+            if len(waiting) == workers:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(load, group))
+        while waiting:
+            yield waiting.popleft().result()
+
+
 def write_dataset(
     directory: epath.Path,
     groups: Sequence[Group],
     byte_counts: Sequence[int],
     load: Callable[[Group], list[bytes]],
     metadata: Mapping[str, Any],
+    workers: int,
 ) -> epath.Path:
     """Write `groups` somewhere under `directory` and return the folder that is the dataset.
 
-    `load` returns a group's encoded pictures, all of them, in order; `byte_counts` is about how many bytes that is.
+    `load` returns a group's encoded pictures, all of them, in order, and is called by `workers` threads;
+    `byte_counts` is about how many bytes that is.
     """
     builder = PreparedGroups(
         groups=groups,
         byte_counts=byte_counts,
         load=load,
         metadata=metadata,
+        workers=workers,
         data_dir=os.fspath(directory),
         file_format="array_record",
     )
@@ -120,18 +147,32 @@ def write_dataset(
 
 def read_metadata(directory: epath.Path) -> dict[str, Any] | None:
     """What `write_dataset` stored as metadata, or None where `directory` is no TFDS dataset."""
-    if not (directory / "dataset_info.json").exists():
+    if not (directory / INFO_FILE).exists():
         return None
     return dict(tfds.builder_from_directory(directory).info.metadata or {})
 
 
+def upload_dataset(directory: epath.Path, target: epath.Path) -> None:
+    """Put the dataset in the local `directory` under the remote `target`, where it is one only once it is whole."""
+    storage.upload(Path(directory), target, last=INFO_FILE, marker=UPLOADING)
+
+
+def _is_data(name: str) -> bool:
+    """Whether TFDS reads the file `name` of a dataset: not the reports, nor what other programs put beside them."""
+    return name in (INFO_FILE, "features.json", "metadata.json") or ".array_record" in name
+
+
 class PreparedDataset:
-    """Random access to prepared groups. Files are opened on first use, in each process for itself; picklable."""
+    """Random access to prepared groups. Files are opened on first use, in each process for itself; picklable.
+
+    `path` is where the dataset is and where its annotations are, also where the files read are a local copy.
+    """
 
     def __init__(self, path: str):
         """Raises DatasetError unless `path` holds a whole prepared dataset of this format."""
         self.path = path
-        metadata = read_metadata(epath.Path(path))
+        self._files = os.fspath(storage.local_copy(path, _is_data)) if storage.is_remote(path) else path
+        metadata = read_metadata(epath.Path(self._files))
         if metadata is None or "fingerprint" not in metadata:
             raise DatasetError(f"{path} is not a prepared dataset: make it with launch/prepare.py --output {path}")
         if metadata.get("format_version") != FORMAT_VERSION:
@@ -191,7 +232,7 @@ class PreparedDataset:
 
     def _split(self, name: str) -> Any:
         if name not in self._splits:
-            self._splits[name] = tfds.builder_from_directory(self.path).as_data_source(name)
+            self._splits[name] = tfds.builder_from_directory(self._files).as_data_source(name)
         return self._splits[name]
 
 

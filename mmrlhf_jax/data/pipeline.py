@@ -6,6 +6,7 @@ Nothing here starts a jax backend, so grain's worker processes are free to run i
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -63,14 +64,19 @@ class MissingMargin(ValueError):
     """A pair has no margin where the objective needs one."""
 
 
-def select(groups: Sequence[Group], lengths: Sequence[Lengths], selection: Selection) -> Items:
-    """The items of a dataset. Raises MissingMargin naming rows and cure, ValueError when nothing is left."""
+def select(
+    groups: Sequence[Group], lengths: Sequence[Lengths], selection: Selection, rows: Sequence[int] | None = None
+) -> Items:
+    """The items of a dataset, or of its `rows` only. Raises MissingMargin naming rows and cure, ValueError when nothing
+    is left."""
     items: list[Item] = []
     tiles, prompt, response, pairs, chosen_tokens, tokens = ([] for _ in range(6))
     skipped = 0
+    rows = range(len(groups)) if rows is None else rows
     if selection.margins:
-        check_margins(groups)
-    for row, (group, length) in enumerate(zip(groups, lengths, strict=True)):
+        check_margins([groups[row] for row in rows])
+    for row in rows:
+        group, length = groups[row], lengths[row]
         found = _items_of(row, group, selection)
         skipped += not found
         for item in found:
@@ -84,7 +90,7 @@ def select(groups: Sequence[Group], lengths: Sequence[Lengths], selection: Selec
             chosen_tokens.append((weight.sum(1) * scored).sum())
             tokens.append(scored.sum())
     if not items:
-        raise ValueError(f"none of the {len(groups)} groups holds what this objective trains on")
+        raise ValueError(f"none of {len(rows)} groups holds what this objective trains on")
     return Items(
         items=tuple(items),
         lengths=ItemLengths(*(np.array(x, np.int64) for x in (tiles, prompt, response))),
@@ -134,8 +140,8 @@ def check_margins(groups: Sequence[Group]) -> None:
 class Loader:
     """A picklable map from `MicroBatch` to the numpy `GroupBatch` of this process.
 
-    `part` of `parts` processes takes an equal, consecutive share of every micro-batch's groups. `reference` holds
-    per-token reference log-probs by dataset row: f32 [tokens of all responses, end to end].
+    `share` says which groups of a micro-batch are this process's, given how many there are; None: all of them.
+    `reference` holds per-token reference log-probs by dataset row: f32 [tokens of all responses, end to end].
     """
 
     dataset: Dataset
@@ -145,13 +151,12 @@ class Loader:
     selection: Selection
     responses: int
     reference: Mapping[int, np.ndarray] | None = None
-    part: int = 0
-    parts: int = 1
+    share: Callable[[int], list[int]] | None = None
 
     def __call__(self, micro: MicroBatch) -> GroupBatch:
         bucket = self.buckets[micro.bucket]
-        mine = bucket.groups // self.parts
-        chosen = micro.items[self.part * mine : (self.part + 1) * mine]
+        mine = range(bucket.groups) if self.share is None else self.share(bucket.groups)
+        chosen = [micro.items[place] for place in mine]
         return pack(
             [None if item == EMPTY else self.entry(self.items[item]) for item in chosen],
             bucket,
@@ -218,11 +223,19 @@ def micro_batches(
         if not flags.FLAGS.is_parsed():  # grain reads its own flags, and nobody else parsed them
             flags.FLAGS.mark_as_parsed()
         loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)).mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=min(workers, len(rest)), per_worker_buffer_size=buffer)
+            grain.MultiprocessingOptions(num_workers=min(workers, len(rest)), per_worker_buffer_size=buffer),
+            worker_init_fn=_leave_signals_to_the_parent,
         )
     else:
         loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=buffer))
     yield from zip(rest, loaded, strict=True)
+
+
+def _leave_signals_to_the_parent(worker: int, workers: int) -> None:
+    """Terminals and job schedulers send their signals to every process; the parent decides when a run stops."""
+    del worker, workers
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def measure(groups: Sequence[Group], renderer: Renderer) -> list[Lengths]:

@@ -6,13 +6,13 @@ is cut to fit and nothing stands in for something else.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,12 +20,21 @@ from typing import Any
 from etils import epath
 from tqdm import tqdm
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.command import one_line
 from mmrlhf_jax.data import video
-from mmrlhf_jax.data.dataset import FORMAT_VERSION, DatasetError, read_metadata, write_dataset
+from mmrlhf_jax.data.dataset import (
+    FORMAT_VERSION,
+    UPLOADING,
+    DatasetError,
+    read_metadata,
+    upload_dataset,
+    write_dataset,
+)
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaError, MediaRoot, read_media, verify_media
 from mmrlhf_jax.data.report import Report, rejected_from_json, rejected_to_json, report_of
 from mmrlhf_jax.data.sources import read_source
+from mmrlhf_jax.data.sources.pictures import PictureStore, is_embedded
 from mmrlhf_jax.data.sources.rows import Rejected, Remark, SourceOptions
 from mmrlhf_jax.groups import Group, Lengths, Media, Renderer
 
@@ -41,12 +50,14 @@ class PrepareError(ValueError):
 class PrepareOptions:
     """What is prepared, and how.
 
-    media          root of all media paths; None where no row names any
+    media          root of all media paths; None where no row names any, as where all pictures stand in the rows
     renderer       measures lengths; needed for `max_tokens`
     max_tokens     a group whose prompt + longest response is longer is rejected, never cut
     max_frames     a frame directory with more is rejected
     video_frames   so many, evenly spaced, are stored of a video file
     max_rejected   share of rejected rows (duplicates aside) above which nothing is prepared
+    limit          only the first so many groups that are read; all rows are read, since those of a group may stand
+                   anywhere
     """
 
     source: str
@@ -59,6 +70,7 @@ class PrepareOptions:
     max_frames: int = MAX_FRAMES
     video_frames: int = video.FRAMES
     max_rejected: float = 0.05
+    limit: int | None = None
     workers: int = 4
     progress: bool = False
 
@@ -86,8 +98,9 @@ class _Sorting:
 def prepare(options: PrepareOptions) -> Report:
     """Write `options.output`, or find it already written from the same inputs.
 
-    The dataset appears under its name only when whole; an interrupted run leaves a hidden sibling that the next one
-    clears away.
+    The dataset appears under its name only when whole; an interrupted run leaves hidden siblings (on gs:// a marked
+    half of an upload) that the next one clears away. Pictures that stand in rows lie in such a sibling meanwhile; for
+    an `output` on gs:// they, and the dataset, lie in the temporary directory (TMPDIR).
 
     Raises:
         SourceError: the input cannot be read as asked.
@@ -96,17 +109,21 @@ def prepare(options: PrepareOptions) -> Report:
     """
     if options.max_tokens is not None and options.renderer is None:
         raise PrepareError("--max-tokens needs --model: lengths are counted in the model's tokens")
-    output = epath.Path(options.output)
+    output = storage.to_path(options.output)
     metadata = _metadata(options)
     if (done := _find_done(output, metadata)) is not None:
         _clear_aside(output)
+        _clear_waiting(output)
         _check_share(done, options, output)
         return done
-    with _frames_kept(options):
-        return _prepare(output, metadata, options)
+    _clear_waiting(output)
+    try:
+        return _prepare(options, output, metadata)
+    finally:
+        _clear_waiting(output)
 
 
-def _prepare(output: epath.Path, metadata: dict[str, Any], options: PrepareOptions) -> Report:
+def _prepare(options: PrepareOptions, output: epath.Path, metadata: dict[str, Any]) -> Report:
     sorting = _read(options)
     bytes_of = _prove_media(sorting, options)
     measured, over = _measure(sorting, options)
@@ -138,12 +155,14 @@ def _metadata(options: PrepareOptions) -> dict[str, Any]:
         "max_frames": options.max_frames,
         "video_frames": options.video_frames,
     }
+    if options.limit is not None:  # otherwise unstated: datasets from before it existed stay what they are
+        stated["limit"] = options.limit
     canonical = json.dumps(stated, sort_keys=True)
     return {**stated, "fingerprint": hashlib.sha256(canonical.encode()).hexdigest()}
 
 
 def _sha256(file: str) -> str:
-    path = epath.Path(file)
+    path = storage.to_path(file)
     if path.is_dir():
         raise PrepareError(f"{file} is a directory: name the files in it as --input")
     if not path.exists():
@@ -160,11 +179,14 @@ def _find_done(output: epath.Path, metadata: dict[str, Any]) -> Report | None:
         return None
     found = read_metadata(output) if output.is_dir() else None
     if found is None:
+        if (output / UPLOADING).exists():
+            return None
         if not output.is_dir() or any(child.name != REJECTED_FILE for child in output.iterdir()):
             raise DatasetError(f"{output} exists and is not a prepared dataset: choose another --output")
         return None
     if found.get("fingerprint") != metadata["fingerprint"]:
-        changed = ", ".join(key for key in metadata if key != "fingerprint" and found.get(key) != metadata[key])
+        keys = dict.fromkeys([*metadata, *found])
+        changed = ", ".join(key for key in keys if key != "fingerprint" and found.get(key) != metadata.get(key))
         raise DatasetError(
             f"{output} was prepared from other inputs or options (fingerprint {found.get('fingerprint')}, this run is "
             f"{metadata['fingerprint']}; different: {changed}): choose another --output or remove it"
@@ -192,15 +214,20 @@ def _check_share(report: Report, options: PrepareOptions, output: epath.Path) ->
 
 
 def _read(options: PrepareOptions) -> _Sorting:
-    sorting = _Sorting()
-    for item in read_source(options.source, options.inputs, options.source_options):
+    store = PictureStore(_waiting(epath.Path(options.output), "pictures"))
+    sorting, left_out = _Sorting(), 0
+    for item in read_source(options.source, options.inputs, dataclasses.replace(options.source_options, store=store)):
         match item:
+            case Group() if options.limit is not None and len(sorting.groups) >= options.limit:
+                left_out += len(item.origins)
             case Group():
                 sorting.groups.append(item)
             case Rejected():
                 sorting.rejected.append(item)
             case Remark():
                 sorting.remarks.append(item)
+    if left_out:
+        sorting.remarks.append(Remark(f"--limit {options.limit}: rows of further groups are left out", left_out))
     return sorting
 
 
@@ -209,10 +236,11 @@ def _prove_media(sorting: _Sorting, options: PrepareOptions) -> dict[Media, int]
     wanted = list(dict.fromkeys(media for group in sorting.groups for media in group.media))
     if not wanted:
         return {}
-    root = _media_root(options)
+    paths = [media for media in wanted if not is_embedded(media)]
+    root = _media_root(options) if paths else _store_root(options)
     with ThreadPoolExecutor(options.workers) as pool:  # Pillow's decoders release the GIL
         try:
-            results = pool.map(lambda media: _prove(media, root), wanted)
+            results = pool.map(lambda m: _prove(m, _store_root(options) if is_embedded(m) else root), wanted)
             proven = dict(zip(wanted, _progress(results, "media", len(wanted), options), strict=True))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -238,24 +266,13 @@ def _media_root(options: PrepareOptions) -> MediaRoot:
         options.media,
         max_frames=options.max_frames,
         video_frames=options.video_frames,
-        spool=os.fspath(_spool(options)),
+        spool=os.fspath(_waiting(epath.Path(options.output), "frames")),
     )
 
 
-def _spool(options: PrepareOptions) -> epath.Path:
-    """Where frames of video files wait, beside the dataset, from their proof to their writing."""
-    output = epath.Path(options.output)
-    return output.parent / f".{output.name}.frames"
-
-
-@contextlib.contextmanager
-def _frames_kept(options: PrepareOptions) -> Iterator[None]:
-    """The spool is empty before and gone after: what an interrupted run left may be frames of other files."""
-    _clear(_spool(options))
-    try:
-        yield
-    finally:
-        _clear(_spool(options))
+def _store_root(options: PrepareOptions) -> MediaRoot:
+    """Where the pictures lie that stood in rows."""
+    return MediaRoot(os.fspath(_waiting(epath.Path(options.output), "pictures")))
 
 
 def _prove(media: Media, root: MediaRoot) -> Proven | str:
@@ -307,8 +324,27 @@ def _write(
     metadata: dict[str, Any],
     options: PrepareOptions,
 ) -> None:
-    """Write beside `output`, then give it its name."""
-    aside = _clear_aside(output)
+    """Write beside `output`, or in the temporary directory where `output` is remote, then give it its name."""
+    if storage.is_remote(output):
+        with tempfile.TemporaryDirectory(prefix="mmrlhf-prepare-") as folder:
+            upload_dataset(_write_files(epath.Path(folder), groups, bytes_of, report, metadata, options), output)
+        return
+    whole = _write_files(_clear_aside(output), groups, bytes_of, report, metadata, options)
+    if output.exists():
+        output.rmtree()  # holds at most the list of an earlier refusal, see _find_done
+    whole.rename(output)
+    _clear_aside(output)
+
+
+def _write_files(
+    directory: epath.Path,
+    groups: Sequence[Group],
+    bytes_of: Mapping[Media, int],
+    report: Report,
+    metadata: dict[str, Any],
+    options: PrepareOptions,
+) -> epath.Path:
+    """Write the dataset and its reports somewhere under `directory`; returns the folder that holds them."""
     with tqdm(total=len(groups), desc="writing", disable=not options.progress, unit="group") as bar:
 
         def load(group: Group) -> list[bytes]:
@@ -316,20 +352,37 @@ def _write(
             return _reload(group, options)
 
         byte_counts = [sum(bytes_of[media] for media in group.media) for group in groups]
-        whole = write_dataset(aside, groups, byte_counts, load, metadata)
+        whole = write_dataset(directory, groups, byte_counts, load, metadata, options.workers)
     (whole / REJECTED_FILE).write_text(rejected_to_json(report.rejected))
     (whole / REPORT_FILE).write_text(report.to_json())
-    if output.exists():
-        output.rmtree()  # holds at most the list of an earlier refusal, see _find_done
-    whole.rename(output)
-    _clear_aside(output)
+    return whole
 
 
 def _clear_aside(output: epath.Path) -> epath.Path:
-    """Where a dataset is written before it gets its name, emptied of what an interrupted run left."""
+    """Where a dataset is written before it gets its name, emptied of what an interrupted run left. On gs:// that is
+    the marker of an upload that was whole but for removing it."""
+    if storage.is_remote(output):
+        (output / UPLOADING).unlink(missing_ok=True)
+        return output
     aside = output.parent / f".{output.name}.preparing"
     _clear(aside)
     return aside
+
+
+def _waiting(output: epath.Path, what: str) -> epath.Path:
+    """Where `what` waits on a local disk till it is written: `pictures` that stood in rows, `frames` of video files."""
+    name = f".{output.name}.{what}"
+    if not storage.is_remote(output):
+        return output.parent / name
+    # named by the output, so that the next run finds and clears what a killed one left
+    place = hashlib.sha256(os.fspath(output).encode()).hexdigest()[:16]
+    return epath.Path(tempfile.gettempdir()) / f"{name}-{place}"
+
+
+def _clear_waiting(output: epath.Path) -> None:
+    """What an interrupted run left may be of other files."""
+    for what in ("pictures", "frames"):
+        _clear(_waiting(output, what))
 
 
 def _clear(directory: epath.Path) -> None:
@@ -340,7 +393,8 @@ def _clear(directory: epath.Path) -> None:
 def _reload(group: Group, options: PrepareOptions) -> list[bytes]:
     encoded: list[bytes] = []
     for media in group.media:
-        again = read_media(dataclasses.replace(media, sizes=(), sha256=""), _media_root(options))
+        root = _store_root(options) if is_embedded(media) else _media_root(options)
+        again = read_media(dataclasses.replace(media, sizes=(), sha256=""), root)
         if again.sha256 != media.sha256:
             raise PrepareError(f"{media.path!r} changed while it was prepared: run again")
         encoded += again.encoded

@@ -26,7 +26,7 @@ from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer
 from mmrlhf_jax.models.qwen2 import model as qwen2
 from mmrlhf_jax.nn.attention import GroupRule
 from mmrlhf_jax.nn.sharding import BATCH_AXES
-from mmrlhf_jax.training.run import LoadedModel
+from mmrlhf_jax.training.model import LoadedModel
 from mmrlhf_jax.training.runtime import to_devices
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mmrlhf_jax.nn.sharding import ShardingRules
 
@@ -24,13 +25,13 @@ Tree = TypeVar("Tree")
 class Param:
     """One parameter: its shape, the logical name of each axis, how it starts and the dtype it is kept in.
 
-    `normal` draws from N(0, scale^2) with scale 1/sqrt(fan_in) unless given; `fan_in` is the product of the axes that a
-    matrix product contracts.
+    `normal` draws from N(0, 1/fan_in), `uniform` from [-1/sqrt(fan_in), 1/sqrt(fan_in)]; `fan_in` is the product of the
+    axes that a matrix product contracts, which in a kernel stand first.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    init: Literal["normal", "zeros", "ones"] = "normal"
+    init: Literal["normal", "uniform", "zeros", "ones"] = "normal"
     fan_in: int = 0
     dtype: Any = jnp.float32
 
@@ -113,11 +114,12 @@ def initialise(declared: Tree, seed: int, mesh: Mesh, rules: ShardingRules) -> T
         return jax.make_array_from_callback(param.shape, sharding, part)
 
     def draw(name: str, param: Param, shape: tuple[int, ...], layer: int) -> np.ndarray:
-        if param.init != "normal":
+        if param.init in ("zeros", "ones"):
             return np.full(shape, param.init == "ones", param.dtype)
         rng = np.random.default_rng((seed, zlib.crc32(name.encode()), layer))
         scale = 1.0 / math.sqrt(param.fan_in or param.shape[-1])
-        return (scale * rng.standard_normal(shape, np.float32)).astype(param.dtype)
+        drawn = rng.standard_normal(shape, np.float32) if param.init == "normal" else rng.uniform(-1, 1, shape)
+        return (scale * drawn).astype(param.dtype)
 
     placed = dict(named_leaves(shardings(declared, mesh, rules)))
     return map_named(lambda name, param: one(name, param, placed[name]), declared)
@@ -134,8 +136,10 @@ def fingerprint(params: Any) -> str:
     value changes it, while sharding, file layout and a dtype that holds the same values do not. It guards against
     mix-ups, not against an adversary.
     """
-    names = [name for name, _ in named_leaves(params)]
-    sums = np.asarray(jax.device_get(_checksums([leaf for _, leaf in named_leaves(params)])), np.uint32)
+    names, leaves = zip(*named_leaves(params), strict=True)
+    placed = getattr(leaves[0], "sharding", None)
+    whole = NamedSharding(placed.mesh, P()) if isinstance(placed, NamedSharding) else None  # readable by every process
+    sums = np.asarray(jax.device_get(jax.jit(_checksums, out_shardings=whole)(list(leaves))), np.uint32)
     digest = np.zeros(4, np.uint64)
     for name, row in sorted(zip(names, sums, strict=True), key=lambda pair: pair[0]):
         for i, value in enumerate(row):
@@ -144,7 +148,6 @@ def fingerprint(params: Any) -> str:
     return "".join(f"{int(x):08x}" for x in digest)
 
 
-@jax.jit
 def _checksums(leaves: list[jax.Array]) -> jax.Array:
     def one(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)

@@ -31,3 +31,10 @@ def remat(layer: Callable[..., Any], rung: RematRung) -> Callable[..., Any]:
     policy = jax.checkpoint_policies.save_only_these_names(*_SAVED[rung])
     # prevent_cse is for code outside a scan; inside one it only costs optimisation
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+
+
+def leaner(rung: RematRung) -> RematRung | None:
+    """The next rung down the ladder, which keeps less and computes more; None below the last."""
+    ladder = get_args(RematRung)
+    place = ladder.index(rung)
+    return ladder[place - 1] if place else None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,10 +26,15 @@ class MeshConfig:
     """devices that share one copy of the parameters and split the batch"""
     tensor: int = 1
     """devices that split heads, mlp and vocabulary of every layer"""
+    slices: int = 0
+    """islands of devices joined by a slower network; only `data` spans them. 0: what the devices say (TPU slices)"""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh ("data", "fsdp", "tensor") over all devices. Raises ValueError when the sizes do not multiply to them."""
+    """A mesh ("data", "fsdp", "tensor") over all devices of all processes, replicas of `data` dealt to the slices.
+
+    Raises ValueError when the sizes do not multiply to the devices, or `data` does not divide over the slices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     known = math.prod(size for size in sizes if size != -1)
@@ -38,7 +44,51 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise ValueError(f"mesh {dataclasses.asdict(config)} does not multiply to the {len(devices)} devices present")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    slices = _slices(devices, config.slices)
+    if sizes[0] % len(slices):
+        raise ValueError(
+            f"mesh.data {sizes[0]} does not divide over {len(slices)} slices, whose network is too slow for fsdp and "
+            f"tensor: set --mesh.data {len(slices)} (or a multiple)"
+        )
+    within = (sizes[0] // len(slices), *sizes[1:])
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    # the topology-aware order is jax's, slice by slice
+    islands = [jax.make_mesh(within, MESH_AXES, axis_types=kinds, devices=each).devices for each in slices]
+    return Mesh(np.concatenate(islands), MESH_AXES, axis_types=kinds)
+
+
+def _slices(devices: list[jax.Device], asked: int) -> list[list[jax.Device]]:
+    """Devices by slice: what the hardware says, or, on devices that say nothing, `asked` equal parts in order."""
+    named = sorted({getattr(device, "slice_index", 0) for device in devices})
+    if asked < 0 or (len(named) > 1 and asked not in (0, len(named))):
+        raise ValueError(f"mesh.slices is {asked}; the devices belong to {len(named)}")
+    if len(named) > 1:
+        return [[d for d in devices if getattr(d, "slice_index", 0) == name] for name in named]
+    if len(devices) % max(asked, 1):
+        raise ValueError(f"{len(devices)} devices do not divide into mesh.slices {asked}")
+    size = len(devices) // max(asked, 1)
+    return [devices[start : start + size] for start in range(0, len(devices), size)]
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """Which of the `of` equal parts of a batch's leading axis this process feeds, ascending. Processes that split a
+    layer between them (`tensor`) feed the same part."""
+
+    parts: tuple[int, ...]
+    of: int
+
+    def rows(self, count: int) -> list[int]:
+        """Indices of this process among `count` groups, in order."""
+        each = count // self.of
+        return [row for part in self.parts for row in range(part * each, (part + 1) * each)]
+
+
+def batch_share(mesh: Mesh) -> BatchShare:
+    """The share of the calling process."""
+    of = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    indices = batch_sharding(mesh).addressable_devices_indices_map((of,)).values()
+    return BatchShare(tuple(sorted({index[0].indices(of)[0] for index in indices if index})), of)
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,8 @@ def _loss_and_metrics(
 
     ratio = log_ratio(inputs)
     z = pair_log_ratio(ratio)
-    logp = jnp.where(in_some_pair(inputs.pair_weight), inputs.logp, 0)
+    present = in_some_pair(inputs.pair_weight)
+    logp, length = jnp.where(present, inputs.logp, 0), jnp.where(present, inputs.length, 0)
     preference = mean(sigmoid_loss(z, pair_beta, label_smoothing))
     nll = chosen_nll(logp, inputs.pair_weight, inputs.totals)
     reward = beta * ratio  # not at pair_beta, so that runs whose betas differ can be compared
@@ -301,6 +302,8 @@ def _loss_and_metrics(
         "rewards/accuracies": mean((z > 0).astype(z.dtype)),
         "logps/chosen": mean(logp[:, :, None]),
         "logps/rejected": mean(logp[:, None, :]),
+        "length/chosen": mean(length[:, :, None]),
+        "length/rejected": mean(length[:, None, :]),
         "loss/preference": preference,
         "loss/nll": nll,
         "beta/mean": mean(pair_beta),

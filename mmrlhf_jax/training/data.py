@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from mmrlhf_jax.data.annotations import AnnotationStore, find
 from mmrlhf_jax.data.buckets import BucketPlan, plan_buckets
 from mmrlhf_jax.data.dataset import Dataset, PreparedDataset
-from mmrlhf_jax.data.pipeline import Items, Loader, Selection, measure, select
+from mmrlhf_jax.data.pipeline import Item, Items, Loader, Selection, measure, reading_plan, select
 from mmrlhf_jax.data.plan import StepPlan, plan_steps
-from mmrlhf_jax.groups import Bucket, Renderer
+from mmrlhf_jax.groups import Bucket, Group, Lengths, Renderer
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
+from mmrlhf_jax.nn.sharding import BatchShare
 from mmrlhf_jax.objectives import Supervised
+from mmrlhf_jax.training.held_out import HeldOut, held_out_rows, with_totals
 from mmrlhf_jax.training.recipe import DataConfig, Recipe
 
 REFERENCE = "reference"  # the kind of annotation that holds reference log-probs, under the name `logp`
@@ -42,20 +43,33 @@ def selection_of(recipe: Recipe) -> Selection:
     )
 
 
-def plan_data(
-    recipe: Recipe,
-    dataset: Dataset,
-    renderer: Renderer,
-    config: LlavaOnevisionConfig,
-    *,
-    shards: int,
-) -> RunData:
-    """Measures every group and plans the whole run. Raises ValueError where the data cannot serve the objective."""
+@dataclass(frozen=True)
+class Measured:
+    """A dataset's groups and their lengths under a renderer, and which rows train and which are held out."""
+
+    dataset: Dataset
+    renderer: Renderer
+    groups: list[Group]
+    lengths: list[Lengths]
+    train: list[int]
+    held_out: list[int]
+
+
+def measure_data(recipe: Recipe, dataset: Dataset, renderer: Renderer, *, held_out: bool = False) -> Measured:
+    """`held_out`: the whole dataset is. Raises ValueError where a group is too long for the model, or no group would be
+    left on a side."""
     groups = list(dataset.groups())
-    lengths = measure(groups, renderer)
+    share = recipe.evaluation.share
+    aside = list(range(len(groups))) if held_out else held_out_rows(groups, share, recipe.seed) if share else []
+    train = sorted(set(range(len(groups))) - set(aside))
+    return Measured(dataset, renderer, groups, measure(groups, renderer), train, aside)
+
+
+def plan_data(recipe: Recipe, measured: Measured, config: LlavaOnevisionConfig, share: BatchShare) -> RunData:
+    """Plans the whole run. Raises ValueError where the data cannot serve the objective."""
     selection = selection_of(recipe)
-    items = select(groups, lengths, selection)
-    buckets = bucket_items(items, recipe.data, config, shards=shards)
+    items = select(measured.groups, measured.lengths, selection, measured.train)
+    buckets = bucket_items(items, recipe.data, config, shards=share.of)
     plan = plan_steps(
         buckets,
         items.weights,
@@ -65,27 +79,43 @@ def plan_data(
         seed=recipe.seed,
         whole_step=recipe.objective.needs_step_statistics,
     )
-    loader = Loader(
-        dataset=dataset,
-        renderer=renderer,
+    return RunData(items, buckets, plan, _loader(measured, items, buckets, selection, share))
+
+
+def plan_held_out(recipe: Recipe, measured: Measured, config: LlavaOnevisionConfig, share: BatchShare) -> HeldOut:
+    """One visit to every held-out group of `measured`, or to all groups of an evaluation dataset of its own."""
+    selection = selection_of(recipe)
+    items = select(measured.groups, measured.lengths, selection, measured.held_out)
+    buckets = bucket_items(items, recipe.data, config, shards=share.of, at_once=len(items.items))
+    everything = range(len(items.items))
+    rows = sorted({item.row for item in items.items})
+    plan = with_totals(reading_plan(items, buckets.buckets, buckets.assignment, rows), items.weights.totals(everything))
+    return HeldOut(plan, _loader(measured, items, buckets, selection, share), len(rows))
+
+
+def _loader(measured: Measured, items: Items, buckets: BucketPlan, selection: Selection, share: BatchShare) -> Loader:
+    return Loader(
+        dataset=measured.dataset,
+        renderer=measured.renderer,
         items=items.items,
         buckets=buckets.buckets,
         selection=selection,
         responses=items.responses,
-        part=jax.process_index(),
-        parts=jax.process_count(),
+        share=share.rows,
     )
-    return RunData(items, buckets, plan, loader)
 
 
-def bucket_items(items: Items, data: DataConfig, config: LlavaOnevisionConfig, *, shards: int) -> BucketPlan:
+def bucket_items(
+    items: Items, data: DataConfig, config: LlavaOnevisionConfig, *, shards: int, at_once: int | None = None
+) -> BucketPlan:
+    """`at_once`: items that may share micro-batches, a step's by default."""
     return plan_buckets(
         items.lengths,
         max_buckets=data.max_buckets,
         multiple=data.multiple,
         slots_per_shard=data.slots_per_device,
         shards=shards,
-        groups_per_step=data.groups_per_step,
+        groups_per_step=at_once or data.groups_per_step,
         rows_per_group=2 if data.pairing == "pairs" else 1,
         tile_cost=config.tile_cost,
     )
@@ -112,11 +142,11 @@ def reference_key(model_fingerprint: str, renderer: Renderer, dtype: str) -> dic
     return {"model": model_fingerprint, "renderer": renderer.fingerprint, "dtype": dtype}
 
 
-def annotate_command(recipe: Recipe) -> str:
-    """The command that stores what `recipe` looks for."""
+def annotate_command(recipe: Recipe, dataset: str) -> str:
+    """The command that stores beside `dataset` what `recipe` looks for."""
     flags = [
         "--dataset",
-        recipe.dataset,
+        dataset,
         "--model",
         recipe.model,
         "--with",
@@ -133,10 +163,21 @@ def annotate_command(recipe: Recipe) -> str:
     return "python launch/annotate.py " + shlex.join(flags)
 
 
-def stored_reference(dataset: Dataset, key: Mapping[str, str], items: Items, command: str) -> dict[int, np.ndarray]:
+def with_reference(loader: Loader, recipe: Recipe, model_fingerprint: str, renderer: Renderer) -> Loader:
+    """The loader with the log-probs that launch/annotate.py stored, where the recipe reads them."""
+    if not recipe.objective.needs_reference or recipe.reference != "stored":
+        return loader
+    key = reference_key(model_fingerprint, renderer, recipe.compute.dtype)
+    stored = stored_reference(loader.dataset, key, loader.items, annotate_command(recipe, loader.dataset.path))
+    return dataclasses.replace(loader, reference=stored)
+
+
+def stored_reference(
+    dataset: Dataset, key: Mapping[str, str], items: Sequence[Item], command: str
+) -> dict[int, np.ndarray]:
     """Reference log-probs f32 [tokens of all responses] by row, from beside each part of `dataset`. Raises ValueError
     with the command that makes them."""
-    wanted = {item.row for item in items.items}
+    wanted = {item.row for item in items}
     found: dict[int, np.ndarray] = {}
     for part, row_of in dataset.parts():
         stored = _stored_beside(part, key, command)

@@ -1,64 +1,208 @@
-"""What a run says: one JSON line a step, a progress bar, TensorBoard when asked; and where its time went."""
+"""What a run says: one JSON line a step and an evaluation, a progress bar, TensorBoard and Weights & Biases when asked;
+and where its time went."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from etils import epath
 from tqdm import tqdm
 
+from mmrlhf_jax.storage import is_remote
+from mmrlhf_jax.training.recipe import LogConfig
+from mmrlhf_jax.training.run import RunDirectory, read_lines, write_text
+
 T = TypeVar("T")
+Record = Mapping[str, Any]
+UPLOAD_SECONDS = 60.0  # between two uploads of a log to a bucket, whose objects cannot be appended to
+
+
+class Sink(Protocol):
+    """Somewhere records go. A step's record holds "step" and numbers by name, in TRL's names where TRL has one; an
+    evaluation's names begin with "eval/"."""
+
+    def step(self, record: Record) -> None: ...
+    def evaluation(self, record: Record) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl; lines of steps that a resumed run will do again are dropped first."""
+    """Hands every record to all sinks; without sinks (a process that does not speak) it is silent."""
 
-    def __init__(self, path: Path, *, first_step: int, steps: int, tensorboard: Path | None = None):
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= first_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(path)
-        self._file = path.open("a")
+    def __init__(self, sinks: Iterable[Sink] = ()):
+        self._sinks = tuple(sinks)
+
+    def step(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.step(record)
+
+    def evaluation(self, record: Record) -> None:
+        for sink in self._sinks:
+            sink.evaluation(record)
+
+    def flush(self) -> None:
+        """What was logged survives the process from here on; called before a checkpoint is saved."""
+        for sink in self._sinks:
+            sink.flush()
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_log(run: RunDirectory, config: LogConfig, settings: Record, *, first_step: int, steps: int) -> MetricsLog:
+    """The log of a run that goes on after `first_step`; `settings` is its flattened recipe."""
+    sinks: list[Sink] = [JsonLines(run, first_step), ProgressBar(first_step, steps)]
+    if config.tensorboard:
+        sinks.append(TensorBoard(run.path / "tensorboard"))
+    if config.wandb:
+        sinks.append(Wandb(config.wandb, run.path, settings, first_step))
+    return MetricsLog(sinks)
+
+
+class JsonLines:
+    """RUN/metrics.jsonl and RUN/evaluation.jsonl; lines of steps that a resumed run will do again are dropped first."""
+
+    def __init__(self, run: RunDirectory, first_step: int):
+        self._steps = _LineFile(run.metrics, first_step)
+        self._evaluations = _LineFile(run.evaluation, first_step)
+
+    def step(self, record: Record) -> None:
+        self._steps.append(record)
+
+    def evaluation(self, record: Record) -> None:
+        self._evaluations.append(record)
+
+    def flush(self) -> None:
+        self._steps.flush()
+        self._evaluations.flush()
+
+    def close(self) -> None:
+        self._steps.close()
+        self._evaluations.close()
+
+
+class _LineFile:
+    """A file that grows by lines: appended to on disk; on a bucket, written anew now and then."""
+
+    def __init__(self, path: epath.Path, last_step: int):
+        self._path = path
+        kept = [record for record in read_lines(path) if record["step"] <= last_step]
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        if kept or path.exists():
+            write_text(path, text)
+        self._remote = is_remote(path)
+        self._text = text if self._remote else ""
+        self._uploaded = time.monotonic()
+        self._file = None if self._remote else open(path, "a")  # noqa: SIM115 - kept open for the whole run
+
+    def append(self, record: Record) -> None:
+        line = json.dumps(record) + "\n"
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._text += line
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._remote and self._text:
+            write_text(self._path, self._text)
+            self._uploaded = time.monotonic()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            if not self._path.stat().length:
+                self._path.unlink()  # a run without evaluations leaves no empty file
+        self.flush()
+
+
+class ProgressBar:
+    def __init__(self, first_step: int, steps: int):
         self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
-        self._writer = _tensorboard(tensorboard) if tensorboard else None
 
-    def write(self, record: dict[str, Any]) -> None:
-        """`record` holds "step" and numbers by name, in TRL's names where TRL has one."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+    def step(self, record: Record) -> None:
         shown = {"loss": record["loss"], "acc": record.get("rewards/accuracies"), "grad": record["grad_norm"]}
         self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items() if v is not None and math.isfinite(v)})
         self._bar.update(1)
-        if self._writer:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._writer.add_scalar(name, value, record["step"])
+
+    def evaluation(self, record: Record) -> None:
+        numbers = {name: value for name, value in record.items() if name.startswith("eval/")}
+        shown = ("eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/loss/nll")
+        said = ", ".join(f"{name.removeprefix('eval/')} {numbers[name]:.4g}" for name in shown if name in numbers)
+        self._bar.write(f"step {record['step']}, {record['groups']} held-out groups: {said}")
+
+    def flush(self) -> None:
+        self._bar.refresh()
 
     def close(self) -> None:
-        self._file.close()
         self._bar.close()
-        if self._writer:
-            self._writer.close()
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """A run that was killed may have left half a line at the end."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text().split("\n")[:-1] if line]
+class TensorBoard:
+    def __init__(self, directory: epath.Path):
+        if is_remote(directory):
+            raise ValueError(
+                f"log.tensorboard writes local files, {directory} is a bucket: use log.wandb or metrics.jsonl"
+            )
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ValueError("log.tensorboard needs the `tensorboard` extra, or: pip install tensorboardX") from error
+        self._writer = SummaryWriter(str(directory))
+
+    def step(self, record: Record) -> None:
+        for name, value in _numbers(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    evaluation = step
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
-def _tensorboard(path: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ValueError("log.tensorboard needs the `tensorboard` extra, or: pip install tensorboardX") from error
-    return SummaryWriter(str(path))
+class Wandb:
+    """One W&B run a RUN directory, gone on with when the RUN is."""
+
+    def __init__(self, project: str, path: epath.Path, settings: Record, first_step: int):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("log.wandb needs the `wandb` extra, or: pip install wandb") from error
+        identity = path / "wandb.json"
+        known = json.loads(identity.read_text())["id"] if identity.exists() else None
+        where = {} if is_remote(path) else {"dir": str(path)}
+        self._run = wandb.init(
+            project=project, id=known, resume="allow", name=path.name, config=dict(settings), **where
+        )
+        write_text(identity, json.dumps({"id": self._run.id}) + "\n")
+        # lines of steps done again after a crash carry their own step, W&B's counter only ever rises
+        self._run.define_metric("*", step_metric="step")
+
+    def step(self, record: Record) -> None:
+        self._run.log({"step": record["step"], **_numbers(record)})
+
+    evaluation = step
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
 
 
 class Clock:
@@ -89,6 +233,13 @@ class Clock:
         if program not in self._seen:
             self._seen.add(program)
             self._compile += time.perf_counter() - began
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Time that belongs to no step: evaluation and checkpoints."""
+        began = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - began
 
     def lap(self) -> dict[str, float]:
         """The metrics of the step that ends now."""

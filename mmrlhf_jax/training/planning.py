@@ -1,10 +1,12 @@
-"""A recipe's gradient step, compiled ahead of time from shapes alone: for tests, and for machines that are not here.
+"""What a recipe's step will need, and what to change when it does not fit.
 
-Nothing is allocated: parameters, gradients and batches are ShapeDtypeStructs with shardings.
+The gradient step is compiled ahead of time from shapes alone, for tests and for machines that are not here: nothing is
+allocated, parameters, gradients and batches are ShapeDtypeStructs with shardings.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -16,10 +18,12 @@ from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.nn import params as nn_params
-from mmrlhf_jax.nn.sharding import batch_sharding, replicated
-from mmrlhf_jax.training.recipe import Recipe
+from mmrlhf_jax.nn.lora import declare_adapted
+from mmrlhf_jax.nn.remat import leaner
+from mmrlhf_jax.nn.sharding import BATCH_AXES, batch_sharding, replicated
+from mmrlhf_jax.training.recipe import INFERENCE, Recipe
 from mmrlhf_jax.training.setup import compute_of
-from mmrlhf_jax.training.state import partition, rate_of, with_dtypes
+from mmrlhf_jax.training.state import partition, trains, with_dtypes
 from mmrlhf_jax.training.step import Sums, make_accumulate, metric_names
 
 
@@ -71,7 +75,31 @@ def lower_accumulate(
         return traced.lower(lowering_platforms=(platform,) if platform else None)
 
 
+def memory_advice(recipe: Recipe, step: int, bucket: Bucket, mesh: Mesh) -> str:
+    """What to say when a device ran out of memory around a micro-batch of `bucket`: what ran, and what needs less."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    groups = bucket.groups // shards
+    cures = []
+    if (rung := leaner(recipe.compute.remat)) is not None:
+        cures.append(f"--compute.remat {rung} keeps less of each layer")
+    if groups > 1:
+        cures.append(
+            f"--data.slots-per-device {recipe.data.slots_per_device // 2} halves the {groups} groups a device holds"
+        )
+    if not recipe.lora.rank:
+        cures.append("--lora.rank 16 trains adapters instead of all parameters")
+    if recipe.reference == "online":
+        cures.append("--reference stored needs no second model")
+    cures.append("a mesh with more devices under fsdp or tensor splits the parameters further")
+    return (
+        f"out of device memory at step {step}, bucket {bucket}, {groups} groups on each of {shards} parts of the "
+        f"batch, remat {recipe.compute.remat!r}. What needs less, cheapest first:\n  " + "\n  ".join(cures)
+    )
+
+
 def _abstract_params(recipe: Recipe, config: LlavaOnevisionConfig, mesh: Mesh) -> tuple[Any, Any]:
-    declared = with_dtypes(declare(config), recipe.optimizer.rates, recipe.compute.dtype)
-    abstract = nn_params.abstract(declared, mesh, recipe.sharding)
-    return partition(abstract, lambda name: rate_of(name, recipe.optimizer.rates) > 0)
+    adapts, rates = recipe.lora, recipe.optimizer.rates
+    declared = with_dtypes(declare(config), INFERENCE if adapts.rank else rates, recipe.compute.dtype)
+    if adapts.rank:
+        declared = declare_adapted(declared, adapts.targets, adapts.rank, adapts.alpha)
+    return partition(nn_params.abstract(declared, mesh, recipe.sharding), trains(recipe))

@@ -57,6 +57,9 @@ class PartRates:
     tower: float = 0.0
 
 
+INFERENCE = PartRates(decoder=0.0, projector=0.0, tower=0.0)  # nothing trains: every part as it is stored
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     learning_rate: float = 1e-6
@@ -65,7 +68,7 @@ class OptimizerConfig:
     """share of all steps over which the rate rises from 0"""
     rates: PartRates = PartRates()
     weight_decay: float = 0.0
-    """on kernels and embedding tables only, never on norms and biases"""
+    """on kernels and embeddings (tokens, a tower's positions, the newline) only, never on norms and biases"""
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -86,16 +89,49 @@ class ComputeConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): they alone train, everything else keeps its checkpoint's dtype."""
+
+    rank: int = 0
+    """inner dimension; 0 = no adapters, the parameters themselves train"""
+    alpha: float = 32.0
+    """the update is scaled by alpha / rank"""
+    targets: tuple[str, ...] = ("decoder.layers.*_kernel", "projector.*_kernel")
+    """glob patterns over the names of kernels; rates of decoder and projector apply to their adapters"""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out groups, scored while training: before the first step, every `every` steps and after the last."""
+
+    every: int = 0
+    """steps between evaluations; 0 = none at all"""
+    share: float = 0.0
+    """part of the data set aside and never trained on; what shares prompt and pictures stays on one side"""
+    dataset: str = ""
+    """or: a DATASET of its own to evaluate on, all of it"""
+    metric: str = "loss"
+    """which of the objective's metrics makes a checkpoint the best: losses are better low, everything else high"""
+    patience: int = 0
+    """stop after this many evaluations in a row that were not the best; 0 = never"""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 500
-    """steps between checkpoints; the last step always has one"""
+    """steps between checkpoints; the last step always has one, and the best evaluation its own"""
     keep: int = 2
+    """latest checkpoints to keep, beside the best one"""
 
 
 @dataclass(frozen=True)
 class LogConfig:
     tensorboard: bool = False
     """needs the `tensorboard` extra"""
+    wandb: str = ""
+    """Weights & Biases project to log to (needs the `wandb` extra); empty = none"""
+    profile: str = ""
+    """START:STOP, steps whose trace jax.profiler writes into RUN/profile, for TensorBoard or Perfetto"""
 
 
 @dataclass(frozen=True)
@@ -107,12 +143,14 @@ class Recipe:
     """the starting point and the reference: a Hugging Face directory, a hub id, or a RUN"""
     dataset: str = ""
     """a directory made by launch/prepare.py"""
-    reference: Literal["stored", "online"] = "stored"
+    reference: Literal["stored", "online", "lora_off"] = "stored"
     """stored: log-probs made by launch/annotate.py; online: a frozen copy of the starting model runs beside the
-    policy"""
+    policy; lora_off: the policy itself without its adapters, which costs no memory"""
     render: RenderOptions = field(default_factory=RenderOptions)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sharding: ShardingRules = field(default_factory=ShardingRules)
@@ -128,14 +166,32 @@ class Recipe:
             raise ValueError("data.pairing = 'pairs' is for preference objectives; supervised fine-tuning has no pairs")
         if supervised and self.data.mean != "pairs":
             raise ValueError("data.mean = 'groups' weighs pairs; supervised fine-tuning is a mean over tokens")
-        if supervised and self.reference == "online":
-            raise ValueError("reference = 'online' costs a second forward that supervised fine-tuning never reads")
+        if supervised and self.reference != "stored":
+            raise ValueError(
+                f"reference = {self.reference!r} costs a second forward that supervised fine-tuning never reads"
+            )
+        if self.lora.rank < 0 or self.lora.alpha <= 0:
+            raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
+        if self.reference == "lora_off" and not self.lora.rank:
+            raise ValueError("reference = 'lora_off' needs adapters to switch off: set lora.rank")
+        _check_evaluation(self.evaluation)
+
+
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    held_out = bool(evaluation.share) + bool(evaluation.dataset)
+    if evaluation.every < 0 or evaluation.patience < 0 or not 0 <= evaluation.share < 1:
+        raise ValueError("evaluation.every and .patience must not be negative, .share must lie in [0, 1)")
+    if evaluation.every and held_out != 1:
+        raise ValueError("evaluation.every needs groups to evaluate on: set evaluation.share or evaluation.dataset")
+    if held_out and not evaluation.every:
+        raise ValueError("evaluation.share and .dataset do nothing without evaluation.every")
 
 
 # what may differ between a run and its resumption: it changes how, not what (model and data are held to fingerprints)
 FREE_ON_RESUME = (
-    "model", "dataset", "mesh", "sharding", "checkpoint", "log", "compute.remat", "compute.attention",
-    "compute.vocab_chunk", "data.workers", "data.max_buckets", "data.multiple", "data.slots_per_device",
+    "model", "dataset", "evaluation.dataset", "evaluation.patience", "mesh", "sharding", "checkpoint", "log",
+    "compute.remat", "compute.attention", "compute.vocab_chunk", "data.workers", "data.max_buckets", "data.multiple",
+    "data.slots_per_device",
 )  # fmt: skip
 
 
@@ -173,8 +229,8 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     return out
 
 
-def save(recipe: Recipe, path: Path) -> None:
-    path.write_text(json.dumps(flatten(recipe), indent=2) + "\n")
+def as_json(recipe: Recipe) -> str:
+    return json.dumps(flatten(recipe), indent=2) + "\n"
 
 
 def differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:

@@ -1,79 +1,102 @@
-"""A RUN on disk, and loading a MODEL: a Hugging Face directory, a hub id, or a RUN.
+"""A RUN on disk: what a training run writes, and its checkpoints. Local, or gs://: the hosts of a pod share no disk.
 
 RUN/recipe.json       the resolved recipe
 RUN/start.json        fingerprints of what the run started from
 RUN/model/            config, tokenizer, templates of the model it started from
-RUN/checkpoints/N/    parameters, optimizer and data position after N steps
+RUN/checkpoints/N/    parameters, optimizer and data position after N steps; of a LoRA run only what trains
 RUN/metrics.jsonl     one line a step
+RUN/evaluation.jsonl  one line an evaluation on held-out groups
+RUN/profile/          traces, when asked for
 RUN/complete.json     written last
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from etils import epath
 
-from mmrlhf_jax.models.llava_onevision import weights
-from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
-from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision, declare
+from mmrlhf_jax import storage
 from mmrlhf_jax.nn import params as nn_params
-from mmrlhf_jax.nn.sharding import ShardingRules
-from mmrlhf_jax.training.recipe import CheckpointConfig, PartRates
-from mmrlhf_jax.training.state import TrainState, combine, with_dtypes
+from mmrlhf_jax.training.recipe import CheckpointConfig
+from mmrlhf_jax.training.state import TrainState, combine
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    path: Path
+    path: epath.Path
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> RunDirectory:
+        return cls(storage.to_path(path))
 
     recipe = property(lambda self: self.path / "recipe.json")
     start = property(lambda self: self.path / "start.json")
     model = property(lambda self: self.path / "model")
     checkpoints = property(lambda self: self.path / "checkpoints")
     metrics = property(lambda self: self.path / "metrics.jsonl")
+    evaluation = property(lambda self: self.path / "evaluation.jsonl")
     complete = property(lambda self: self.path / "complete.json")
 
     def exists(self) -> bool:
         return self.recipe.exists()
 
 
+def write_text(path: epath.Path, text: str) -> None:
+    """A reader sees no file or all of it."""
+    storage.write_whole(path, text.encode())
+
+
 class Checkpoints:
     """Orbax checkpoints of a run: parameters and optimizer by name, and the position in the data.
 
-    A checkpoint appears under its step number only when whole; saving runs beside training.
+    A checkpoint appears under its step number only when whole; saving runs beside training. With several processes
+    every call is made by all of them. Opened for reading where there is no `config`; `best` tells which step, beside
+    the latest ones, is kept.
     """
 
-    def __init__(self, directory: Path, config: CheckpointConfig | None = None):
+    def __init__(
+        self,
+        directory: epath.Path,
+        config: CheckpointConfig | None = None,
+        best: Callable[[], int | None] = lambda: None,
+    ):
+        writes = config is not None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep if config else None,
-            cleanup_tmp_directories=config is not None,
-            enable_async_checkpointing=config is not None,
-            create=config is not None,
+            preservation_policy=_KeepLatestAndBest(config.keep, best) if config else None,
+            cleanup_tmp_directories=writes,
+            enable_async_checkpointing=writes,
+            create=writes,
         )
-        self.manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self.manager = ocp.CheckpointManager(
+            directory if storage.is_remote(directory) else directory.absolute(), options=options
+        )
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
 
-    def save(self, state: TrainState, position: Mapping[str, Any]) -> None:
+    def steps(self) -> list[int]:
+        return sorted(self.manager.all_steps())
+
+    def save(self, state: TrainState, position: Mapping[str, Any], *, whole: bool = True) -> None:
+        """`whole`: frozen parameters too; a LoRA run leaves them with the model it started from."""
         step = int(position["step"])
         if step in self.manager.all_steps():
             return
+        held = combine(state.trainable, state.frozen) if whole else state.trainable
+        dtypes = {name: leaf.dtype.name for name, leaf in _by_name(held).items()}
         self.manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(_by_name(combine(state.trainable, state.frozen))),
+                params=ocp.args.StandardSave(_by_name(held)),
                 optimizer=ocp.args.StandardSave(_by_name(state.optimizer)),
-                position=ocp.args.JsonSave({**position, "dtypes": _dtypes(state)}),
+                position=ocp.args.JsonSave({**position, "dtypes": dtypes}),
             ),
             force=True,
         )
@@ -82,7 +105,7 @@ class Checkpoints:
         return self.manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
 
     def params(self, step: int, abstract: Any) -> Any:
-        """Model parameters of a checkpoint, in the shardings and dtypes of `abstract`."""
+        """The parameters of a checkpoint that `abstract` has, in its shardings and dtypes."""
         args = ocp.args.Composite(params=ocp.args.StandardRestore(_by_name(abstract)))
         return _from_names(self.manager.restore(step, args=args)["params"], abstract)
 
@@ -95,75 +118,31 @@ class Checkpoints:
         self.manager.close()
 
 
+@dataclass(frozen=True)
+class _KeepLatestAndBest:
+    """Orbax' PreservationPolicy: which checkpoints stay when a new one is whole."""
+
+    keep: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        latest = {info.step for info in checkpoints[-self.keep :]}
+        return [info.step in latest or info.step == self.best() for info in checkpoints]
+
+
 def _by_name(tree: Any) -> dict[str, Any]:
     return dict(nn_params.named_leaves(tree))
-
-
-def _dtypes(state: TrainState) -> dict[str, str]:
-    return {name: leaf.dtype.name for name, leaf in _by_name(combine(state.trainable, state.frozen)).items()}
 
 
 def _from_names(leaves: Mapping[str, Any], like: Any) -> Any:
     return nn_params.map_named(lambda name, _: leaves[name], like)
 
 
-@dataclass(frozen=True)
-class LoadedModel:
-    """A MODEL in memory; `assets` is the directory with its config, tokenizer and templates."""
-
-    config: LlavaOnevisionConfig
-    params: LlavaOnevision
-    assets: Path
-    step: int | None = None  # of the checkpoint, for a RUN
-
-
-def is_run(model: str) -> bool:
-    return RunDirectory(Path(model)).exists()
-
-
-def assets_of(model: str) -> Path:
-    """The directory of a MODEL's config, tokenizer and templates; downloads a hub id's files."""
-    return RunDirectory(Path(model)).model if is_run(model) else weights.resolve(model)
-
-
-def load_model(
-    model: str,
-    mesh: Mesh,
-    rules: ShardingRules,
-    *,
-    rates: PartRates,
-    dtype: str | None = None,
-    step: int | None = None,
-) -> LoadedModel:
-    """Parameters of a MODEL in their shards: parts with a rate in fp32, the others in `dtype`, or as they are stored.
-
-    `step` picks a RUN's checkpoint, its latest by default. Raises FileNotFoundError or ValueError saying what is
-    missing.
-    """
-    assets = assets_of(model)
-    config = read_config(str(assets))
-    bare = declare(config)
-    if not is_run(model):
-        declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(assets, bare))
-        return LoadedModel(config, weights.load_params(assets, declared, config, mesh, rules), assets)
-    checkpoints = Checkpoints(RunDirectory(Path(model)).checkpoints)
-    step = checkpoints.latest() if step is None else step
-    if step is None or step not in checkpoints.manager.all_steps():
-        have = ", ".join(map(str, checkpoints.manager.all_steps()))
-        raise FileNotFoundError(f"{model}: no checkpoint {f'{step}; there: {have}' if have else 'yet'}")
-    declared = with_dtypes(bare, rates, dtype or checkpoints.position(step)["dtypes"])
-    params = checkpoints.params(step, nn_params.abstract(declared, mesh, rules))
-    checkpoints.close()
-    return LoadedModel(config, params, assets, step)
-
-
-INFERENCE = PartRates(decoder=0.0, projector=0.0, tower=0.0)  # every part as it is stored
-
-
-def model_fingerprint(config: LlavaOnevisionConfig, params: LlavaOnevision) -> str:
-    """Names a model's function: its configuration and its weights, however they are stored or sharded."""
-    described = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    return f"{nn_params.fingerprint(params)}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+def read_lines(path: epath.Path) -> list[dict[str, Any]]:
+    """The records of a .jsonl file of a run; a run that was killed may have left half a line at the end."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
 
 
 def abstract_of(tree: Any) -> Any:

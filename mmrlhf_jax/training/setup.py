@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,19 +16,22 @@ from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.weights import copy_assets
+from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn.attention import choose_backend
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import replicated
 from mmrlhf_jax.training import recipe as recipes
-from mmrlhf_jax.training.recipe import Recipe
-from mmrlhf_jax.training.run import INFERENCE, Checkpoints, LoadedModel, RunDirectory, abstract_of, load_model
+from mmrlhf_jax.training.distributed import is_speaker, say, wait_for_all
+from mmrlhf_jax.training.model import LoadedModel, absolute, load_model
+from mmrlhf_jax.training.recipe import INFERENCE, Recipe
+from mmrlhf_jax.training.run import Checkpoints, RunDirectory, abstract_of, write_text
 from mmrlhf_jax.training.state import (
     TrainState,
     combine,
     make_optimizer,
     partition,
-    rate_of,
     state_shardings,
+    trains,
 )
 
 
@@ -46,54 +50,72 @@ def check_resumable(run: RunDirectory, recipe: Recipe) -> None:
 
 
 def start_run(run: RunDirectory, recipe: Recipe, start: LoadedModel, fingerprints: Mapping[str, str]) -> None:
-    """Writes what names the run, or checks that a resumed run still starts from the same model, data and rendering."""
+    """Writes what names the run, or checks that a resumed run still starts from the same model, data and rendering.
+
+    Returns on every process once it is all there.
+    """
     if run.exists():
         began = json.loads(run.start.read_text())
-        if changed := [name for name, value in fingerprints.items() if began[name] != value]:
+        if changed := [name for name, value in fingerprints.items() if began.get(name) != value]:
             raise ValueError(
                 f"{run.path} started from another {', '.join(changed)}; restore it or use another --output"
             )
         return
-    copy_assets(start.assets, run.model)
-    run.start.write_text(json.dumps(dict(fingerprints), indent=2) + "\n")
-    partial = run.recipe.with_suffix(".partial")
-    recipes.save(recipe, partial)
-    partial.replace(run.recipe)  # last: a run exists once its recipe does
+    wait_for_all("every process has seen that the run is new")
+    if is_speaker():
+        copy_assets(start.assets, run.model)
+        settings = dataclasses.asdict(recipe.lora) if recipe.lora.rank else None
+        # a LoRA run keeps no copy of what it adapts, so it has to know where that is
+        began = {**fingerprints, "base": absolute(recipe.model), "lora": settings}
+        write_text(run.start, json.dumps(began, indent=2) + "\n")
+        write_text(run.recipe, recipes.as_json(recipe))  # last: a run exists once its recipe does
+    wait_for_all("the run directory is written")
 
 
-def first_state(recipe: Recipe, start: LoadedModel, steps: int, mesh: Mesh) -> tuple[TrainState, TrainState]:
+def first_state(recipe: Recipe, params: Any, steps: int, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """The state a run starts from, and its shardings."""
-    trainable, frozen = partition(start.params, lambda name: rate_of(name, recipe.optimizer.rates) > 0)
+    trainable, frozen = partition(params, trains(recipe))
     if not jax.tree.leaves(trainable):
-        raise ValueError("optimizer.rates are all 0: nothing would train")
+        raise ValueError("optimizer.rates are 0 for all that could train: nothing would")
     optimizer = make_optimizer(recipe.optimizer, steps)
     shardings = state_shardings(optimizer, abstract_of(trainable), abstract_of(frozen), replicated(mesh))
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), trainable, frozen, moments), shardings
+    return TrainState(_counter(0, shardings), trainable, frozen, moments), shardings
 
 
-def resume(checkpoints: Checkpoints, state: TrainState, position: Mapping[str, Any]) -> TrainState:
-    """The state of the latest checkpoint, else `state`. Raises ValueError when the data would go on in another
-    order."""
+def _counter(step: int, shardings: TrainState) -> jax.Array:
+    return jax.jit(lambda: jnp.asarray(step, jnp.int32), out_shardings=shardings.step)()
+
+
+def resume(
+    checkpoints: Checkpoints, state: TrainState, shardings: TrainState, position: Mapping[str, Any], *, whole: bool
+) -> TrainState:
+    """The state of the latest checkpoint, else `state`; `whole` as it was saved. Raises ValueError when the data would
+    go on in another order."""
     step = checkpoints.latest()
     if step is None:
         return state
     saved = checkpoints.position(step)
-    if changed := [name for name, value in position.items() if saved[name] != value]:
+    if changed := [name for name, value in position.items() if saved.get(name) != value]:
         raise ValueError(f"checkpoint {step} was made with another {', '.join(changed)}; resume what it began with")
-    params = checkpoints.params(step, abstract_of(combine(state.trainable, state.frozen)))
-    trains = {name for name, _ in named_leaves(state.trainable)}
-    trainable, frozen = partition(params, trains.__contains__)
+    moving = {name for name, _ in named_leaves(state.trainable)}
+    held = combine(state.trainable, state.frozen) if whole else state.trainable
+    params = checkpoints.params(step, abstract_of(held))
+    trainable, frozen = partition(params, moving.__contains__) if whole else (params, state.frozen)
     moments = checkpoints.optimizer(step, abstract_of(state.optimizer))
-    print(f"resuming after step {step}")
-    return TrainState(jax.device_put(jnp.asarray(step, jnp.int32), state.step.sharding), trainable, frozen, moments)
+    say(f"resuming after step {step}")
+    return TrainState(_counter(step, shardings), trainable, frozen, moments)
 
 
-def online_reference(recipe: Recipe, mesh: Mesh) -> Any:
-    """A frozen copy of the starting model; None when log-probs are stored or unused."""
-    if recipe.reference != "online" or not recipe.objective.needs_reference:
-        return None
-    return load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE).params
+def reference_source(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState], Any]:
+    """What gives the reference model at a state; None where log-probs are stored or unused."""
+    if not recipe.objective.needs_reference or recipe.reference == "stored":
+        return lambda state: None
+    if recipe.reference == "lora_off":
+        # asked for at every step: a step's state is donated to the next
+        return lambda state: lora.strip(combine(state.trainable, state.frozen))
+    copy = load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE).params
+    return lambda state: copy
 
 
 def compute_of(recipe: Recipe, mesh: Mesh, *, platform: str | None = None) -> Compute:

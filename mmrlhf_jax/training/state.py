@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from mmrlhf_jax.nn.lora import is_adapter
 from mmrlhf_jax.nn.params import map_named
-from mmrlhf_jax.training.recipe import OptimizerConfig, PartRates
+from mmrlhf_jax.training.recipe import OptimizerConfig, PartRates, Recipe
 
 Tree = TypeVar("Tree")
 
@@ -31,6 +32,11 @@ def rate_of(name: str, rates: PartRates) -> float:
     """The learning-rate multiplier of the parameter called `name`."""
     part = name.split(".")[0]
     return getattr(rates, "projector" if part == "newline" else part)
+
+
+def trains(recipe: Recipe) -> Callable[[str], bool]:
+    """Which parameters, by name, `recipe` moves: those with a rate; with LoRA only their adapters."""
+    return lambda name: rate_of(name, recipe.optimizer.rates) > 0 and (not recipe.lora.rank or is_adapter(name))
 
 
 def with_dtypes(declared: Tree, rates: PartRates, frozen: Mapping[str, str] | str) -> Tree:
@@ -78,7 +84,9 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         return map_named(lambda name, u: u * rate_of(name, config.rates), updates)
 
     def matrices(params: Any) -> Any:
-        return map_named(lambda name, _: name.endswith(("kernel", "embedding")), params)
+        # a tower's positions are an embedding table and the newline a row of one, as transformers' Trainer decays them
+        decays = ("kernel", "embedding", "position", "newline")
+        return map_named(lambda name, _: name.endswith(decays) or is_adapter(name), params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),

@@ -16,6 +16,7 @@ from flax import struct
 from mmrlhf_jax.batch import GroupBatch
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute, branch_sums, response_logps
+from mmrlhf_jax.nn.sharding import constrain
 from mmrlhf_jax.objectives import PreferenceInputs, StepTotals, Supervised, SupervisedInputs
 from mmrlhf_jax.training.recipe import Objective
 from mmrlhf_jax.training.state import TrainState, combine
@@ -75,7 +76,9 @@ def loss_and_metrics(
         )
         loss, metrics = objective(inputs)
     metrics = {"loss": loss, **metrics, "entropy": jnp.sum(jnp.where(scored, entropy, 0.0)) / batch.total_tokens}
-    return loss, (metrics, Seen(batch.row, jnp.all(jnp.isfinite(summed), axis=-1)))
+    finite = jnp.all(jnp.isfinite(summed), axis=-1)
+    # whole on every device: each process names the rows of all of them
+    return loss, (metrics, Seen(constrain(batch.row), constrain(finite)))
 
 
 def make_accumulate(

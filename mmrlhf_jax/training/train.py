@@ -1,7 +1,7 @@
 """Training, top to bottom: devices and model, data, state, compiled functions, loop.
 
 The same loop serves supervised fine-tuning and every preference objective; what differs is the objective a recipe
-holds.
+holds. Every process of a run executes all of this; one of them speaks and writes.
 """
 
 from __future__ import annotations
@@ -9,36 +9,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from contextlib import closing
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from mmrlhf_jax.batch import EMPTY, Totals
 from mmrlhf_jax.command import INTERRUPTED, CommandError
 from mmrlhf_jax.data.dataset import open_dataset
-from mmrlhf_jax.data.pipeline import micro_batches
+from mmrlhf_jax.data.pipeline import Loader, micro_batches
+from mmrlhf_jax.data.plan import StepPlan
+from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.render import load_renderer
-from mmrlhf_jax.nn.sharding import BATCH_AXES, make_mesh, replicated
-from mmrlhf_jax.training.data import annotate_command, describe, plan_data, reference_key, stored_reference
-from mmrlhf_jax.training.metrics import Clock, MetricsLog
-from mmrlhf_jax.training.recipe import Recipe
-from mmrlhf_jax.training.run import Checkpoints, RunDirectory, load_model, model_fingerprint
-from mmrlhf_jax.training.runtime import set_up_jax, stop_signals, to_devices
+from mmrlhf_jax.nn.sharding import batch_share, make_mesh, replicated
+from mmrlhf_jax.training.best import best_trained, is_best, ran_out_of_patience
+from mmrlhf_jax.training.data import describe, measure_data, plan_data, plan_held_out, with_reference
+from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, say
+from mmrlhf_jax.training.held_out import check_metric, make_evaluate
+from mmrlhf_jax.training.metrics import Clock, MetricsLog, open_log
+from mmrlhf_jax.training.model import load_model, model_fingerprint, with_fresh_adapters
+from mmrlhf_jax.training.planning import memory_advice
+from mmrlhf_jax.training.recipe import INFERENCE, Recipe, flatten
+from mmrlhf_jax.training.run import Checkpoints, RunDirectory, read_lines, write_text
+from mmrlhf_jax.training.runtime import Profiler, explain_memory, parse_profile, set_up_jax, stop_signals, to_devices
 from mmrlhf_jax.training.setup import (
     attention_of,
     check_resumable,
     compute_of,
     first_state,
-    online_reference,
+    reference_source,
     resume,
     start_run,
 )
-from mmrlhf_jax.training.state import learning_rate, make_optimizer
+from mmrlhf_jax.training.state import TrainState, learning_rate, make_optimizer
 from mmrlhf_jax.training.step import Seen, Sums, make_accumulate, make_apply, make_zero_sums, metric_names
 
 
@@ -46,90 +55,213 @@ class NonFiniteStep(CommandError):
     """A loss or gradient is NaN or infinite. No checkpoint holds the step."""
 
 
-def train(recipe: Recipe, output: str | Path) -> None:
+def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     """Runs `recipe` into the RUN directory `output`; the same command again goes on where it stopped.
 
     Raises ValueError where recipe, data and model do not fit, NonFiniteStep at a NaN, and CommandError with status 75
     after an interruption, which leaves a checkpoint.
     """
-    run = RunDirectory(Path(output))
+    run = RunDirectory.at(output)
     check_resumable(run, recipe)
+    check_metric(recipe.evaluation.metric, recipe.objective)
+    profiler = Profiler(run.path / "profile", parse_profile(recipe.log.profile))
     if run.complete.exists():
-        print(f"{run.path} is complete already")
+        say(f"{run.path} is complete already")
         return
 
     # --- devices and model -------------------------------------------------------------------------------------------
     set_up_jax(recipe.compute.dtype)
     mesh = make_mesh(recipe.mesh)
-    print(f"{mesh.size} devices ({jax.devices()[0].device_kind}), mesh {dict(mesh.shape)}")
-    start = load_model(recipe.model, mesh, recipe.sharding, rates=recipe.optimizer.rates)
+    share = batch_share(mesh)
+    kind = jax.devices()[0].device_kind
+    say(f"{mesh.size} devices ({kind}) of {jax.process_count()} processes, mesh {dict(mesh.shape)}")
+    lora = recipe.lora.rank > 0
+    start = load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE if lora else recipe.optimizer.rates)
 
     # --- data --------------------------------------------------------------------------------------------------------
-    dataset = open_dataset(recipe.dataset)
     renderer = load_renderer(str(start.assets), recipe.render)
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    data = plan_data(recipe, dataset, renderer, start.config, shards=shards)
+    measured = measure_data(recipe, open_dataset(recipe.dataset), renderer)
     config, compute = start.config, compute_of(recipe, mesh)
-    print("\n".join(describe(data, lambda bucket: attention_of(compute, config, bucket))), flush=True)
+    data = plan_data(recipe, measured, config, share)
+    say(*describe(data, lambda bucket: attention_of(compute, config, bucket)))
     fingerprints = {
         "model": model_fingerprint(config, start.params),
-        "dataset": dataset.fingerprint,
+        "dataset": measured.dataset.fingerprint,
         "renderer": renderer.fingerprint,
     }
-    loader = data.loader
-    if recipe.objective.needs_reference and recipe.reference == "stored":
-        key = reference_key(fingerprints["model"], renderer, recipe.compute.dtype)
-        stored = stored_reference(dataset, key, data.items, annotate_command(recipe))
-        loader = dataclasses.replace(loader, reference=stored)
+    loader = with_reference(data.loader, recipe, fingerprints["model"], renderer)
+    held_out = None
+    if recipe.evaluation.every:
+        if recipe.evaluation.dataset:
+            measured = measure_data(recipe, open_dataset(recipe.evaluation.dataset), renderer, held_out=True)
+            fingerprints["evaluation"] = measured.dataset.fingerprint
+        held_out = plan_held_out(recipe, measured, config, share)
+        watched = with_reference(held_out.loader, recipe, fingerprints["model"], renderer)
+        held_out = dataclasses.replace(held_out, loader=watched)
+    position = {"plan": data.plan.fingerprint, **fingerprints}
+    check_agreement("recipe, model or data", json.dumps([flatten(recipe), position]))
 
     # --- state: this run's latest checkpoint, else the starting model ------------------------------------------------
     start_run(run, recipe, start, fingerprints)
-    checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint)
-    state, shardings = first_state(recipe, start, data.plan.steps, mesh)
-    position = {"plan": data.plan.fingerprint, **fingerprints}
-    state = resume(checkpoints, state, position)
-    reference = online_reference(recipe, mesh)
-
-    # --- the two compiled functions ----------------------------------------------------------------------------------
-    sums_sharding = Sums(shardings.trainable, replicated(mesh))
-    accumulate = make_accumulate(config, compute, recipe.objective, sums_sharding=sums_sharding)
-    apply = make_apply(make_optimizer(recipe.optimizer, data.plan.steps), state_sharding=shardings)
-    zero_sums = make_zero_sums(state.trainable, metric_names(recipe.objective), sums_sharding=sums_sharding)
-    del start
-
-    # --- the loop --------------------------------------------------------------------------------------------------
+    records: list[dict[str, Any]] = []
+    best = _best_of(records, recipe.evaluation.metric)
+    checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint, best=best)
+    params = with_fresh_adapters(start, recipe.lora, mesh, recipe.sharding, recipe.seed) if lora else start.params
+    state, shardings = first_state(recipe, params, data.plan.steps, mesh)
+    del start, params
+    state = resume(checkpoints, state, shardings, position, whole=not lora)
     first_step = int(state.step)
-    schedule = learning_rate(recipe.optimizer, data.plan.steps)
-    tensorboard = run.path / "tensorboard" if recipe.log.tensorboard else None
-    log = MetricsLog(run.metrics, first_step=first_step, steps=data.plan.steps, tensorboard=tensorboard)
+    records += [record for record in read_lines(run.evaluation) if record["step"] <= first_step]
+
+    # --- the compiled functions --------------------------------------------------------------------------------------
+    sums_sharding = Sums(shardings.trainable, replicated(mesh))
+    evaluate = held_out and make_evaluate(
+        held_out, config, compute, recipe.objective, mesh, workers=recipe.data.workers
+    )
+    session = Session(
+        recipe=recipe,
+        mesh=mesh,
+        plan=data.plan,
+        buckets=data.buckets.buckets,
+        loader=loader,
+        accumulate=make_accumulate(config, compute, recipe.objective, sums_sharding=sums_sharding),
+        apply=make_apply(make_optimizer(recipe.optimizer, data.plan.steps), state_sharding=shardings),
+        zero_sums=make_zero_sums(state.trainable, metric_names(recipe.objective), sums_sharding=sums_sharding),
+        reference=reference_source(recipe, mesh),
+        evaluate=evaluate or None,
+        records=records,
+        checkpoints=checkpoints,
+        position=position,
+        log=open_log(run, recipe.log, flatten(recipe), first_step=first_step, steps=data.plan.steps)
+        if is_speaker()
+        else MetricsLog(),
+        profiler=profiler,
+    )
+
+    # --- the loop: closing the checkpoints waits for the one being written, however it ends -----------------------
+    with closing(checkpoints), closing(session.log), closing(profiler), jax.set_mesh(mesh):
+        done = _loop(session, state)
+    if is_speaker():
+        early = f", stopped early of {data.plan.steps}" if done < data.plan.steps else ""
+        write_text(run.complete, json.dumps({"steps": done, "planned": data.plan.steps}) + "\n")
+        say(f"done: {done} steps{early}, checkpoint {run.checkpoints / str(done)}", *_verdict(run, session))
+
+
+def _best_of(records: list[dict[str, Any]], metric: str) -> Callable[[], int | None]:
+    """The step of the best evaluation so far; `records` grows."""
+
+    def best() -> int | None:
+        found = best_trained(records, metric)
+        return None if found is None else int(found["step"])
+
+    return best
+
+
+def _verdict(run: RunDirectory, session: Session) -> list[str]:
+    """What the held-out groups say of the run: its best checkpoint, beside the model it started from."""
+    metric = session.recipe.evaluation.metric
+    best = best_trained(session.records, metric)
+    if best is None:
+        return []
+    name, began = f"eval/{metric}", session.records[0]
+    return [
+        f"best on held-out groups: {run.path}@{best['step']}, {metric} {best[name]:.4g}, at step 0 {began[name]:.4g}"
+    ]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run's loop uses; nothing of it changes but the log, the checkpoints and the list of evaluations."""
+
+    recipe: Recipe
+    mesh: Mesh
+    plan: StepPlan
+    buckets: tuple[Bucket, ...]
+    loader: Loader
+    accumulate: Any
+    apply: Any
+    zero_sums: Any
+    reference: Callable[[TrainState], Any]
+    evaluate: Callable[[TrainState, Any], dict[str, Any]] | None
+    records: list[dict[str, Any]]
+    checkpoints: Checkpoints
+    position: Mapping[str, Any]
+    log: MetricsLog
+    profiler: Profiler
+
+
+def _loop(run: Session, state: TrainState) -> int:
+    """Trains from the state's step to the end of the plan, or until held-out groups stop getting better; returns the
+    number of steps done."""
+    recipe, steps, first_step = run.recipe, run.plan.steps, int(state.step)
+    if first_step == 0 and not run.records:
+        _evaluate(run, state)
+    elif _enough(run):
+        return first_step
+    schedule, agreed_stop = learning_rate(recipe.optimizer, steps), AgreedStop(run.mesh)
+    key_of = jax.jit(
+        lambda step: jax.random.fold_in(jax.random.key(recipe.seed), step), out_shardings=replicated(run.mesh)
+    )
     clock, sums, seen, pending = Clock(), None, [], None
-    batches = micro_batches(data.plan, loader, first_step=first_step, workers=recipe.data.workers)
-    # closing the checkpoints waits for the one being written, however the loop ends
-    with closing(checkpoints), closing(log), jax.set_mesh(mesh), stop_signals() as stop:
+    batches = micro_batches(run.plan, run.loader, first_step=first_step, workers=recipe.data.workers)
+    running = (first_step + 1, run.buckets[-1])
+
+    def advice() -> str:
+        return memory_advice(recipe, *running, run.mesh)
+
+    with explain_memory(advice), stop_signals() as stop:
         for micro, host_batch in clock.waiting(batches):
-            batch = to_devices(host_batch, mesh)
-            key = jax.device_put(jax.random.fold_in(jax.random.key(recipe.seed), micro.step), replicated(mesh))
-            sums = zero_sums() if sums is None else sums
+            done = micro.step + 1
+            running = (done, run.buckets[micro.bucket])
+            run.profiler.before(done)
+            batch = to_devices(host_batch, run.mesh)
+            sums = run.zero_sums() if sums is None else sums
             with jax.transfer_guard("disallow"), clock.compiling(micro.bucket):
-                sums, here = accumulate(state.trainable, state.frozen, reference, sums, batch, key)
+                reference, key = run.reference(state), key_of(state.step)
+                sums, here = run.accumulate(state.trainable, state.frozen, reference, sums, batch, key)
             seen.append(here)
             if not micro.last:
                 continue
             with jax.transfer_guard("disallow"):
-                state, metrics = apply(state, sums)
+                state, metrics = run.apply(state, sums)
+            run.profiler.after(done, metrics)
             if pending:  # read one step late: devices never wait for the host
-                log.write(_record(*pending, schedule, clock))
-            done = micro.step + 1
+                run.log.step(_record(*pending, schedule, clock))
             pending = (done, metrics, seen, micro.totals)
             sums, seen = None, []
-            if done % recipe.checkpoint.every == 0 or done == data.plan.steps or stop.is_set():
-                log.write(_record(*pending, schedule, clock))  # raises at a NaN, which is therefore never saved
-                pending = None
-                checkpoints.save(state, {"step": done, **position})
-            if stop.is_set() and done < data.plan.steps:
+            stopping = agreed_stop(stop.is_set())
+            due = run.evaluate is not None and (done % recipe.evaluation.every == 0 or done == steps)
+            if not (due or stopping or done % recipe.checkpoint.every == 0 or done == steps):
+                continue
+            run.log.step(_record(*pending, schedule, clock))  # raises at a NaN, which is therefore never saved
+            pending = None
+            with clock.elsewhere():
+                enough = due and _evaluate(run, state)
+                better = due and is_best(run.records, recipe.evaluation.metric)
+                if better or enough or stopping or done % recipe.checkpoint.every == 0 or done == steps:
+                    run.log.flush()
+                    position = {"step": done, **run.position}
+                    run.checkpoints.save(state, position, whole=not recipe.lora.rank)
+            if enough:
+                return done
+            if stopping and done < steps:
                 raise CommandError(f"interrupted after step {done}; run the same command to go on", INTERRUPTED)
-    run.complete.write_text(json.dumps({"steps": data.plan.steps}) + "\n")
-    print(f"done: {data.plan.steps} steps, checkpoint {run.checkpoints / str(data.plan.steps)}")
+    return steps
+
+
+def _evaluate(run: Session, state: TrainState) -> bool:
+    """Scores the held-out groups, if there are any; returns whether to stop."""
+    if run.evaluate is None:
+        return False
+    record = run.evaluate(state, run.reference(state))
+    run.records.append(record)
+    run.log.evaluation(record)
+    return _enough(run)
+
+
+def _enough(run: Session) -> bool:
+    evaluation = run.recipe.evaluation
+    return ran_out_of_patience(run.records, evaluation.metric, evaluation.patience)
 
 
 def _record(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import runpy
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def test_other_inputs_into_the_same_directory_name_both_fingerprints(options: An
     first = prepare(options(MIXED))
     with pytest.raises(DatasetError, match="choose another --output") as failure:
         prepare(options([*MIXED, row(id="more")]))
-    prints = [word.strip(",;") for word in str(failure.value).split() if len(word.strip(",;")) == 64]
+    prints = re.findall(r"\b[0-9a-f]{64}\b", str(failure.value))
     assert prints[0] == first.fingerprint
     assert len(set(prints)) == 2
     assert "different: inputs" in str(failure.value)
@@ -310,10 +311,10 @@ def test_failures_are_one_line_and_bad_usage_is_2(options: Any, tmp_path: Path, 
 
 def test_help_shows_every_default() -> None:
     shown = " ".join(run("--help").stdout.replace("│", " ").split())
-    for name in ("--media", "--model", "--map", "--margin-column", "--max-tokens", "--max-frames", "--video-frames",
-                 "--workers"):  # fmt: skip
-        assert name in shown
-    assert shown.count("(default:") == 9
+    names = ("media", "model", "map", "margin-column", "max-tokens", "max-frames", "video-frames", "limit", "workers")
+    for name in names:
+        assert f"--{name}" in shown
+    assert shown.count("(default:") == 10
 
 
 def test_a_mapped_file_is_prepared_with_its_options(options: Any) -> None:

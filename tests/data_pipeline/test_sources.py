@@ -5,22 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_samples import SHARED, row, write_rows
+from data_samples import SHARED, row, sorted_out, write_rows
 
 from mmrlhf_jax.data.ranking import pairs_of
 from mmrlhf_jax.data.sources import read_source, rows
-from mmrlhf_jax.data.sources.rows import Rejected, Remark, SourceError, SourceOptions
+from mmrlhf_jax.data.sources.rows import SourceError, SourceOptions
 from mmrlhf_jax.groups import Group, Media, Pair
 
 
 @pytest.fixture
 def read(tmp_path: Path) -> Any:
     def read(lines: list[Any], *, name: str = "in.jsonl", source: str = "mm_rlhf", **options: Any) -> Any:
-        items = list(read_source(source, [write_rows(tmp_path / name, lines)], SourceOptions(**options)))
-        groups = [item for item in items if isinstance(item, Group)]
-        rejected = {item.origin.line: item.reason for item in items if isinstance(item, Rejected)}
-        remarks = {item.text: item.rows for item in items if isinstance(item, Remark)}
-        return groups, rejected, remarks
+        return sorted_out(read_source(source, [write_rows(tmp_path / name, lines)], SourceOptions(**options)))
 
     return read
 
@@ -195,7 +191,7 @@ def test_an_oversized_row_is_passed_over(read: Any, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(rows, "MAX_ROW_BYTES", 200)
     (group,), rejected, _ = read([row(prompt="x" * 3_000_000), row()])
     assert group.origins[0].line == 2
-    assert rejected == {1: "row is over 200 bytes: pictures belong in files, not in rows"}
+    assert rejected == {1: "row is over 200 bytes: large pictures belong in files"}
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_matter(read: Any) -> None:

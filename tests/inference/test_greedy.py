@@ -21,7 +21,8 @@ from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, loa
 from mmrlhf_jax.models.llava_onevision.weights import new_directory
 from mmrlhf_jax.models.qwen2 import model as qwen2
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-from mmrlhf_jax.training.run import INFERENCE, LoadedModel, load_model
+from mmrlhf_jax.training.model import LoadedModel, load_model
+from mmrlhf_jax.training.recipe import INFERENCE
 
 CONFIG = GreedyConfig(max_new_tokens=6, prompts=2, multiple=16)
 SMALL = dataclasses.replace(TINY, pinpoints=((42, 42), (42, 84)))

@@ -1,35 +1,54 @@
-"""Law 5: 1 device == 8 devices; each device holds its share of the bytes, and never a full copy of a sharded
-parameter."""
+"""Law 5: 1 device == 8 devices == 2 processes x 4; each device holds its share of the bytes, and never a full copy of
+a sharded parameter."""
 
 import re
 
 import jax
 import numpy as np
 import pytest
-from small_world import ROOT, metrics, run
+from small_world import ROOT, metrics, run, run_processes
 from tiny import TINY
 
+from mmrlhf_jax.data.annotations import find
+from mmrlhf_jax.data.dataset import open_dataset
 from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.objectives import DPO
+from mmrlhf_jax.training.model import load_model
 from mmrlhf_jax.training.planning import lower_accumulate
 from mmrlhf_jax.training.recipe import ComputeConfig, Recipe
-from mmrlhf_jax.training.run import load_model
 from mmrlhf_jax.training.state import PartRates
 
-LAYOUTS = {"one": (1, ()), "fsdp": (8, ()), "mixed": (8, ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2))}
+# the tiny model has two key heads, and two heads in its tower: both stay whole
+FOUR_WAYS = ("--sharding.kv-heads", "None", "--sharding.tower-heads", "None")
+MIXED = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
+# name: processes, devices of each, mesh
+LAYOUTS = {
+    "one": (1, 1, ()),
+    "fsdp": (1, 8, ()),
+    "mixed": (1, 8, MIXED),
+    "two hosts": (2, 4, MIXED),
+    "four hosts, layers split across them": (4, 2, ("--mesh.fsdp", 2, "--mesh.tensor", 4, *FOUR_WAYS)),
+    "two slices": (2, 2, ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.slices", 2)),
+}
+SLOW = {"two hosts", "four hosts, layers split across them", "two slices"}
 
 
 def train(world, name):
-    devices, mesh = LAYOUTS[name]
+    processes, devices, mesh = LAYOUTS[name]
     output = world.directory / f"law-5-{name}"
-    run(
+    arguments = (
         "train", ROOT / "configs" / "tiny.py", "--model", world.model, "--dataset", world.dataset, "--output", output,
         "--reference", "online", "--data.max-steps", 3, "--data.max-buckets", 1, "--optimizer.learning-rate", 1e-3,
-        *mesh, devices=devices,
+        *mesh,
     )  # fmt: skip
+    if processes == 1:
+        run(*arguments, devices=devices)
+    else:
+        printed = run_processes(*arguments, processes=processes, devices=devices)
+        assert ["done: 3 steps" in text for text in printed] == [True] + [False] * (processes - 1)  # one speaks
     return output
 
 
@@ -38,15 +57,38 @@ def on_one_device(small_world):
     return metrics(train(small_world, "one"))
 
 
-@pytest.mark.parametrize("layout", ["fsdp", "mixed"])
-def test_eight_devices_train_as_one(small_world, on_one_device, layout):
+@pytest.mark.parametrize(
+    "layout", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LAYOUTS if n != "one"]
+)
+def test_many_devices_train_as_one(small_world, on_one_device, layout):
     there = metrics(train(small_world, layout))
-    for one, eight in zip(on_one_device, there, strict=True):
-        assert one["rows"] == eight["rows"]
+    for one, many in zip(on_one_device, there, strict=True):
+        assert one["rows"] == many["rows"]
         # Adam's first steps are nearly signs of the gradient: rounding of a gradient near 0 moves a parameter by 2 lr
         close = 2e-6 if one["step"] == 1 else 3e-5
         for name in ("loss", "loss/preference", "loss/nll", "rewards/margins", "grad_norm", "logps/chosen"):
-            assert eight[name] == pytest.approx(one[name], rel=10 * close, abs=close), name
+            assert many[name] == pytest.approx(one[name], rel=10 * close, abs=close), name
+
+
+@pytest.mark.slow
+def test_hosts_share_the_work_of_annotating(small_world):
+    """Two hosts store every row once, with the log-probs one host finds."""
+    arguments = ("annotate", "--dataset", small_world.dataset, "--model", small_world.model, "--with", "reference",
+                 "--dtype", "float32", "--rows-per-part", 2)  # fmt: skip
+    printed = run_processes(*arguments, "--multiple", 64, "--mesh.tensor", 2, processes=2, devices=2)
+    assert f"{small_world.groups} groups scored" in printed[0]
+    dataset = open_dataset(small_world.dataset)
+    (store,) = find(small_world.dataset, "reference")
+    together = store.read(dataset)
+    for part in store.directory.iterdir():
+        part.unlink()
+    store.directory.rmdir()
+    run(*arguments)
+    (store,) = find(small_world.dataset, "reference")
+    alone = store.read(dataset)
+    assert together.keys() == alone.keys() == set(range(small_world.groups))
+    for row, arrays in alone.items():
+        np.testing.assert_allclose(together[row]["logp"], arrays["logp"], atol=2e-5)
 
 
 def test_each_device_holds_its_share_from_the_moment_of_loading(small_world):

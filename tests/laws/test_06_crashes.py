@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from small_world import ROOT, command, environment, metrics, run
+from small_world import ROOT, command, environment, metrics, run, run_processes, start_processes
 
 from mmrlhf_jax.models.llava_onevision.config import read_config
 from mmrlhf_jax.models.llava_onevision.model import declare
@@ -53,11 +53,11 @@ def lines(output):
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def start_and_kill(world, output, *, step, delay):
+def start_and_kill(world, output, *, step, delay, devices=1):
     """Starts the run and kills it with SIGKILL `delay` seconds after `step` was logged (0: after it started)."""
     process = subprocess.Popen(
         command("train", *arguments(world, output)),
-        env=environment(1), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env=environment(devices), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     while lines(output) < step:
         assert process.poll() is None, "the run ended before it could be killed"
@@ -101,6 +101,48 @@ def test_a_run_goes_on_with_other_devices(small_world, undisturbed):
         np.testing.assert_allclose(got[name], expected[name], atol=2e-4, err_msg=name)
 
 
+def kill_all(processes):
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_run_moves_between_hosts_devices_and_meshes(small_world, undisturbed):
+    """Two hosts whose machines die, then one with four devices, then two hosts again, split otherwise."""
+    output = small_world.directory / "law-6-hosts"
+    started = start_processes(
+        "train", *arguments(small_world, output), "--mesh.data", 2, processes=2, devices=2
+    )  # fmt: skip
+    while lines(output) < 8:
+        assert all(process.poll() is None for process in started), "the run ended before it could be killed"
+        time.sleep(0.01)
+    kill_all(started)
+    start_and_kill(small_world, output, step=16, delay=0, devices=4)
+    run_processes(
+        "train", *arguments(small_world, output), "--mesh.fsdp", 1, "--mesh.tensor", 2, processes=2, devices=1
+    )  # fmt: skip
+    expected, got = final_params(small_world, undisturbed), final_params(small_world, output)
+    for name in expected:
+        np.testing.assert_allclose(got[name], expected[name], atol=2e-4, err_msg=name)
+    assert [r["rows"] for r in metrics(output)] == [r["rows"] for r in metrics(undisturbed)]
+
+
+def test_sigterm_on_one_host_stops_all_at_the_same_step(small_world):
+    output = small_world.directory / "law-6-one-host"
+    started = start_processes("train", *arguments(small_world, output), processes=2, devices=1)
+    while not lines(output):
+        assert all(process.poll() is None for process in started)
+        time.sleep(0.01)
+    started[1].terminate()  # not the host that speaks
+    printed = [process.communicate(timeout=120)[0] for process in started]
+    assert [process.returncode for process in started] == [75, 75], printed
+    done = Checkpoints(output / "checkpoints").latest()
+    assert done < STEPS
+    assert metrics(output)[-1]["step"] == done
+
+
 def test_sigterm_leaves_a_checkpoint_and_asks_to_be_run_again(small_world):
     output = small_world.directory / "law-6-terminated"
     process = subprocess.Popen(
@@ -116,3 +158,18 @@ def test_sigterm_leaves_a_checkpoint_and_asks_to_be_run_again(small_world):
     done = Checkpoints(output / "checkpoints").latest()
     assert done
     assert metrics(output)[-1]["step"] == done
+
+
+def test_sigterm_to_every_process_of_a_job_is_the_parent_s_to_answer(small_world):
+    """As a scheduler sends it: loader workers too."""
+    output = small_world.directory / "law-6-job"
+    process = subprocess.Popen(
+        command("train", *arguments(small_world, output), "--data.workers", 2),
+        env=environment(1), stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not lines(output):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors

@@ -229,6 +229,30 @@ def test_two_newlines_and_a_system_turn_are_options(renderer, directory):
     assert text(RenderOptions(system="Be rude."), prompt=own) == helpful + ending
 
 
+def test_media_stand_in_the_turn_that_says_so(renderer):
+    pictures = [picture(*size, i) for i, size in enumerate([(9, 9), (30, 8), (8, 30)])]
+    turns = (Turn("user", "First?", 1), Turn("assistant", "<image>"), Turn("user", "And these?", 2))
+    case = group(*pictures, prompt=turns)
+    rendered = renderer.render(case, decode)
+    per_picture = renderer.tokens_per_tile + 1
+    text = renderer.tokenizer.decode(rendered.prompt.tolist()).replace("<image>" * per_picture, "PICTURE")
+    assert text == (
+        "<|im_start|>user\nPICTURE\nFirst?<|im_end|>\n<|im_start|>assistant\n<image><|im_end|>\n"
+        "<|im_start|>user\nPICTURE\nPICTURE\nAnd these?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    taps = rendered.tap_index[rendered.tap_weight > 0]
+    tiles = taps[taps != NEWLINE] // renderer.tokens_per_tile
+    assert set(tiles.tolist()) == {0, 1, 2}
+    assert tiles.tolist() == sorted(tiles.tolist())  # in the order of the media
+    assert renderer.measure(without_pixels(case)) == rendered.lengths
+
+
+def test_media_before_the_first_user_turn_may_be_said_or_left_unsaid(renderer):
+    said = group(picture(9, 9), prompt=(Turn("user", "a", 1), Turn("assistant", "b"), Turn("user", "c")))
+    unsaid = group(picture(9, 9), prompt=(Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")))
+    assert renderer.render(said, decode).prompt.tolist() == renderer.render(unsaid, decode).prompt.tolist()
+
+
 def test_a_group_too_long_is_refused_and_still_measured(renderer):
     long = group(text="a" * 4000, responses=("b" * 90, "c"))
     lengths = renderer.measure(long)
@@ -243,6 +267,14 @@ def test_a_group_too_long_is_refused_and_still_measured(renderer):
     [
         (group(prompt=(Turn("user", "a"), Turn("assistant", "b"))), "does not end with a user turn"),
         (group(prompt=(Turn("user<|im_end|>", "a"), Turn("user", "b"))), "has the role 'user<|im_end|>'"),
+        (
+            group(picture(9, 9), prompt=(Turn("user", "a", 2),)),
+            "the turns place 2 pictures and videos, the group has 1",
+        ),
+        (
+            group(picture(9, 9), prompt=(Turn("system", "a", 1), Turn("user", "b"))),
+            "stands in a turn of the system; only user turns have some",
+        ),
         (group(dataclasses.replace(picture(9, 9), sizes=())), "0.png: image with 0 sizes"),
         (
             group(dataclasses.replace(picture(9, 9), sizes=((9, 8),))),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mmrlhf_jax.data.sources import mapped, mm_rlhf
+from mmrlhf_jax.data.sources import mapped, mm_rlhf, rlhf_v, sharegpt, trl
 from mmrlhf_jax.data.sources.rows import Item, Source, SourceError, SourceOptions
 
 SOURCES: dict[str, Source] = {
     "mm_rlhf": mm_rlhf.read,
+    "trl": trl.read,
+    "sharegpt": sharegpt.read,
+    "rlhf_v": rlhf_v.read,
     "mapped": mapped.read,
 }
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmrlhf_jax.data.ranking import pairs_of
+from mmrlhf_jax.data.sources.pictures import Store, media_of
 from mmrlhf_jax.data.sources.rows import (
     Item,
     MissingField,
@@ -26,7 +27,6 @@ from mmrlhf_jax.data.sources.rows import (
     SourceError,
     SourceOptions,
     id_of,
-    media_of,
     number_of,
     optional_text_of,
     prompt_of,
@@ -60,7 +60,7 @@ def read(files: Sequence[str], options: SourceOptions) -> Iterator[Item]:
             _check_first(row, mapping)
             first = False
         try:
-            group = _group(row, mapping)
+            group = _group(row, mapping, options.store)
         except RowError as error:
             yield Rejected(row.origin, str(error))
             continue
@@ -73,7 +73,7 @@ def read(files: Sequence[str], options: SourceOptions) -> Iterator[Item]:
 
 def _check_mapping(options: SourceOptions) -> Mapping[str, str]:
     if options.margin_column is not None:
-        raise SourceError("--margin-column belongs to --source mm_rlhf; map 'score' instead")
+        raise SourceError("--margin-column belongs to --source mm_rlhf, trl, sharegpt and rlhf_v; map 'score' instead")
     unknown = sorted(set(options.mapping) - set(TARGETS))
     if unknown:
         raise SourceError(f"--map does not know {', '.join(unknown)}; it knows {', '.join(TARGETS)}")
@@ -97,9 +97,9 @@ def _check_first(row: Row, mapping: Mapping[str, str]) -> None:
         return  # the row is bad in itself; it is rejected like any other
 
 
-def _group(row: Row, mapping: Mapping[str, str]) -> Group:
+def _group(row: Row, mapping: Mapping[str, str], store: Store | None) -> Group:
     found = _fields(row, mapping)
-    media = media_of(found.get("image"), found.get("video"))
+    media = media_of(found.get("image"), found.get("video"), store)
     responses = _merge(_responses(found["responses"], found))
     order = sorted(range(len(responses)), key=lambda i: responses[i].rank)
     responses = [responses[i] for i in order]

@@ -1,16 +1,16 @@
-"""Rows of JSON-lines and JSON-array files, one at a time, each with its line; a bad row costs only itself."""
+"""Rows of JSON-lines, JSON-array and parquet files, one at a time, each with its line; a bad row costs only itself."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Protocol
 
-from etils import epath
-
+from mmrlhf_jax import storage
+from mmrlhf_jax.data.sources.parquet import ParquetError, parquet_rows
 from mmrlhf_jax.groups import Group, Media, Origin
 
 MAX_ROW_BYTES = 64 * 2**20
@@ -52,10 +52,16 @@ Item = Group | Rejected | Remark
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """mapping: target -> path in the row (`mapped`); margin_column: column of pair margins (`mm_rlhf`)."""
+    """What the user says about the files, and where pictures go.
+
+    mapping         target -> path in the row (`mapped`), or column (`sharegpt`)
+    margin_column   column of pair margins (formats with a pair a row)
+    store           takes the bytes of a picture that stands in a row; without it such rows are rejected
+    """
 
     mapping: Mapping[str, str] = field(default_factory=dict)
     margin_column: str | None = None
+    store: Callable[[bytes], Media] | None = None
 
 
 class Source(Protocol):
@@ -69,18 +75,22 @@ class Row:
 
 
 def read_rows(files: Sequence[str]) -> Iterator[Row | Rejected]:
-    """Rows of each file in turn: JSON lines, or one JSON array where the file starts with `[` and is no `.jsonl`.
+    """Rows of each file in turn: parquet where the name ends in `.parquet` (`line` is then the row's number), one JSON
+    array where the file starts with `[` and is no `.jsonl`, else JSON lines.
 
     Raises:
-        SourceError: a file is missing, or a JSON array is broken (there is no next line to go on from).
+        SourceError: a file is missing, or a parquet file or JSON array is broken (there is no next line to go on from).
     """
     for file in files:
-        path = epath.Path(file)
+        path = storage.to_path(file)
         if not path.exists():
             raise SourceError(f"{file} does not exist: correct --input")
         if path.is_dir():
             raise SourceError(f"{file} is a directory: name the files in it")
-        with path.open("rb") as stream:
+        with storage.open_read(file) as stream:
+            if path.suffix.lower() == ".parquet":
+                yield from _parquet_rows(file, stream)
+                continue
             array = "jsonl" not in path.name and _first_byte(stream) == b"["
             yield from _array_rows(file, stream) if array else _line_rows(file, stream)
 
@@ -99,7 +109,7 @@ def _line_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
         if len(line) > MAX_ROW_BYTES:
             while not line.endswith(b"\n") and (line := stream.readline(2**20)):
                 pass  # pass over the rest of the line without holding it
-            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: pictures belong in files, not in rows")
+            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: large pictures belong in files")
             continue
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -141,7 +151,7 @@ def _array_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
                 f"{origin}: broken JSON array ({error}); save the rows as JSON lines, where one bad row costs one row"
             ) from error
         if end - at > MAX_ROW_BYTES:
-            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: pictures belong in files, not in rows")
+            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: large pictures belong in files")
         else:
             yield _parse(origin, text[at:end].encode("utf-8", "surrogatepass"))
         at = _skip(text, after + 1) if text.startswith(",", after) else after
@@ -149,10 +159,47 @@ def _array_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
         raise SourceError(f"{file}: text after the JSON array; save the rows as JSON lines")
 
 
+def _parquet_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
+    try:
+        for number, fields in enumerate(parquet_rows(stream), 1):
+            origin = Origin(file, number)
+            try:
+                if isinstance(fields, str):
+                    raise RowError(fields)
+                if _characters(fields) > MAX_ROW_BYTES:
+                    raise RowError(f"texts of the row are over {MAX_ROW_BYTES} characters")
+                yield Row(origin, _object(fields))
+            except RowError as error:
+                yield Rejected(origin, str(error))
+    except ParquetError as error:
+        raise SourceError(f"{file}: {error}") from error
+
+
+def _characters(value: Any) -> int:
+    """Of all texts in it; bytes are pictures, which have a bound of their own."""
+    if isinstance(value, dict):
+        return sum(map(_characters, value.values()))
+    if isinstance(value, list):
+        return sum(map(_characters, value))
+    return len(value) if isinstance(value, str) else 0
+
+
 def _skip(text: str, at: int) -> int:
     while text.startswith((" ", "\t", "\r", "\n"), at):
         at += 1
     return at
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """A JSON object, as strictly as a row is read.
+
+    Raises:
+        RowError, json.JSONDecodeError: it is none.
+    """
+    try:
+        return _object(_DECODER.decode(text))
+    except RecursionError:
+        raise RowError("nested too deeply") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -232,20 +279,6 @@ def id_of(value: Any, where: str) -> str:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else text_of(value, where)
 
 
-def media_of(image: Any, video: Any) -> tuple[Media, ...]:
-    """`image`: a path or a list of paths; `video`: a directory of frames; null or neither: text only."""
-    if image is not None and video is not None:
-        raise RowError("both 'image' and 'video' are set: keep one")
-    if video is not None:
-        return (Media("video", text_of(video, "'video'")),)
-    if image is None:
-        return ()
-    paths = image if isinstance(image, list) else [image]
-    if not paths:
-        raise RowError("'image' is an empty list: name a picture or leave it out")
-    return tuple(Media("image", text_of(path, "'image'")) for path in paths)
-
-
 def prompt_of(value: Any, media: Sequence[Media], where: str = "'prompt'") -> str:
     """The question, without the `<image>` markers (one a picture) that stand before it.
 
@@ -259,6 +292,16 @@ def prompt_of(value: Any, media: Sequence[Media], where: str = "'prompt'") -> st
     return text_of(text[start:], where)
 
 
+_KINDS = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    bytes: "bytes",
+    list: "a list",
+}
+
+
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
-    return names.get(type(value), "an object")
+    return _KINDS.get(type(value), "an object")

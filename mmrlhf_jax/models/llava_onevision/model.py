@@ -15,6 +15,7 @@ from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.qwen2 import model as qwen2
 from mmrlhf_jax.models.siglip import model as siglip
 from mmrlhf_jax.nn.attention import Backend, GroupRule
+from mmrlhf_jax.nn.lora import project
 from mmrlhf_jax.nn.params import Param
 from mmrlhf_jax.nn.remat import RematRung
 from mmrlhf_jax.nn.sharding import BATCH_AXES, constrain
@@ -83,7 +84,8 @@ def picture_features(
     x = siglip.encode(params.tower, config.tower, pixels.astype(dtype), rung=compute.remat)
     with jax.named_scope("projector"):
         w = jax.tree.map(lambda p: p.astype(dtype), params.projector)
-        x = jax.nn.gelu(x @ w.in_kernel + w.in_bias, approximate=False) @ w.out_kernel + w.out_bias
+        x = jax.nn.gelu(project("ite,ed->itd", x, w.in_kernel) + w.in_bias, approximate=False)
+        x = project("itd,de->ite", x, w.out_kernel) + w.out_bias
     x = constrain(x.reshape(n, i * config.tokens_per_tile, -1), BATCH_AXES, None, None)
     return jnp.concatenate([x, newline], axis=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import tempfile
 from collections.abc import Callable
@@ -154,14 +155,19 @@ class LlavaOnevisionRenderer:
         return tiles, prompt, tap_index, tap_weight
 
     def _messages(self, group: Group) -> list[Message]:
-        """The prompt in Hugging Face's format; the media stand before the text of the first user turn."""
+        """The prompt in Hugging Face's format; media stand before the text of their turn, see `Group.media_before`."""
         if not group.prompt or group.prompt[-1].role != "user":
             raise ValueError("the prompt does not end with a user turn")
-        messages = [{"role": t.role, "content": [{"type": "text", "text": t.text}]} for t in group.prompt]
-        if group.media:
-            first: Message = next(message for message in messages if message["role"] == "user")
-            text = "\n" * self.options.two_newlines + first["content"][0]["text"]
-            first["content"] = [*({"type": media.kind} for media in group.media), {"type": "text", "text": text}]
+        counts = group.media_before()
+        if sum(counts) != len(group.media):
+            raise ValueError(f"the turns place {sum(counts)} pictures and videos, the group has {len(group.media)}")
+        remaining, messages = iter(group.media), list[Message]()
+        for turn, count in zip(group.prompt, counts, strict=True):
+            if count and turn.role != "user":
+                raise ValueError(f"a picture or video stands in a turn of the {turn.role}; only user turns have some")
+            text = "\n" * (count > 0 and self.options.two_newlines) + turn.text
+            media = [{"type": media.kind} for media in itertools.islice(remaining, count)]
+            messages.append({"role": turn.role, "content": [*media, {"type": "text", "text": text}]})
         if self.options.system is not None and group.prompt[0].role != "system":
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": self.options.system}]})
         return messages

@@ -6,12 +6,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 
 from mmrlhf_jax.models.qwen2.config import Qwen2Config
 from mmrlhf_jax.nn.attention import Backend, GroupRule, group_attention
 from mmrlhf_jax.nn.layers import rms_norm, rotate
+from mmrlhf_jax.nn.lora import project
 from mmrlhf_jax.nn.params import Param, stack
 from mmrlhf_jax.nn.remat import RematRung, remat, tag
 from mmrlhf_jax.nn.sharding import BATCH_AXES, constrain
@@ -104,18 +104,18 @@ def _layer(
     w = jax.tree.map(lambda p: p.astype(x.dtype), layer)
     with jax.named_scope("attention"):
         y = rms_norm(x, layer.attention_norm, config.norm_eps)
-        q = jnp.einsum("btd,dnh->btnh", y, w.query_kernel) + w.query_bias
-        k = jnp.einsum("btd,dgh->btgh", y, w.key_kernel) + w.key_bias
-        v = tag(jnp.einsum("btd,dgh->btgh", y, w.value_kernel) + w.value_bias, "value")
+        q = project("btd,dnh->btnh", y, w.query_kernel) + w.query_bias
+        k = project("btd,dgh->btgh", y, w.key_kernel) + w.key_bias
+        v = tag(project("btd,dgh->btgh", y, w.value_kernel) + w.value_bias, "value")
         q = tag(rotate(q, rule.position, config.rope_theta), "query")
         k = tag(rotate(k, rule.position, config.rope_theta), "key")
         q = constrain(q, BATCH_AXES, None, "tensor", None)
         attended = tag(group_attention(q, k, v, rule, backend=backend, platform=platform), "attention_out")
-        x = x + jnp.einsum("btnh,nhd->btd", attended, w.out_kernel)
+        x = x + project("btnh,nhd->btd", attended, w.out_kernel)
         x = constrain(x, BATCH_AXES, None, None)
     with jax.named_scope("mlp"):
         y = rms_norm(x, layer.mlp_norm, config.norm_eps)
-        gate = tag(jnp.einsum("btd,df->btf", y, w.gate_kernel), "mlp_hidden")
-        up = tag(jnp.einsum("btd,df->btf", y, w.up_kernel), "mlp_hidden")
-        x = x + jnp.einsum("btf,fd->btd", jax.nn.silu(gate) * up, w.down_kernel)
+        gate = tag(project("btd,df->btf", y, w.gate_kernel), "mlp_hidden")
+        up = tag(project("btd,df->btf", y, w.up_kernel), "mlp_hidden")
+        x = x + project("btf,fd->btd", jax.nn.silu(gate) * up, w.down_kernel)
         return constrain(x, BATCH_AXES, None, None)

@@ -1,0 +1,169 @@
+"""LoRA adapters under PEFT's file names (adapter_config.json, adapter_model.safetensors), in and out.
+
+The names derive from the checkpoint's own key table: where it maps `X.weight` [out, in], an adapter holds
+`base_model.model.X.lora_A.weight` [r, in] and `.lora_B.weight` [out, r], X being the module's path in transformers 5.
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+from safetensors.numpy import save
+
+from mmrlhf_jax.models.key_table import Key, SafetensorsDirectory, export_tensors, load
+from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision
+from mmrlhf_jax.models.llava_onevision.weights import KEYS
+from mmrlhf_jax.nn.lora import Adapted, adapter_params
+from mmrlhf_jax.nn.params import map_named, named_leaves
+from mmrlhf_jax.nn.sharding import ShardingRules
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# settings under which an adapter is not W + scale B A on kernels alone; value: what leaves it so
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None), "use_qalora": (False, None), "bias": ("none", None), "lora_bias": (False, None),
+    "modules_to_save": (None, []), "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "alora_invocation_tokens":
+    (None, []), "trainable_token_indices": (None, [], {}), "target_parameters": (None, []), "fan_in_fan_out": (False,
+    None),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter directory says of itself; `base` is the MODEL it adapts."""
+
+    base: str
+    rank: int
+    scale: float
+
+
+def is_adapter_directory(directory: str) -> bool:
+    return (epath.Path(directory) / CONFIG).exists()
+
+
+def read_adapter_config(directory: str) -> AdapterConfig:
+    """Raises ValueError naming every setting that makes it more than a low-rank update of kernels."""
+    path = epath.Path(directory) / CONFIG
+    raw = json.loads(path.read_text())
+    problems = [f"{name} = {raw[name]!r}" for name, plain in _PLAIN.items() if name in raw and raw[name] not in plain]
+    if raw.get("peft_type") != "LORA":
+        problems.append(f"peft_type = {raw.get('peft_type')!r}")
+    if problems:
+        raise ValueError(f"{path}: only plain LoRA adapters are served; not so here: {', '.join(problems)}")
+    rank, alpha = raw["r"], raw["lora_alpha"]
+    base = raw.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path}: base_model_name_or_path is missing; write there what the adapter adapts")
+    return AdapterConfig(str(base), int(rank), alpha / (rank**0.5 if raw.get("use_rslora") else rank))
+
+
+def load_adapted(
+    directory: str, params: LlavaOnevision, declared: LlavaOnevision, mesh: Mesh, rules: ShardingRules
+) -> LlavaOnevision:
+    """`params` with the adapters of a PEFT directory on them, fp32. Raises ValueError listing what does not fit."""
+    config = read_adapter_config(directory)
+    source = SafetensorsDirectory(directory, _canonical)
+    adapted = [key.ours for key in _adaptable() if _names(key)[0].format(layer=0) in source.where]
+    if not adapted:
+        raise ValueError(f"{directory}: {WEIGHTS} adapts no kernel of this model's decoder or projector")
+    wanted = {name: {"a": a, "b": b} for name, (a, b) in adapter_params(declared, adapted, config.rank).items()}
+    loaded = load(source, wanted, _adapter_keys(adapted), mesh, rules)
+
+    def one(name: str, leaf: Any) -> Any:
+        return Adapted(leaf, loaded[name]["a"], loaded[name]["b"], config.scale) if name in loaded else leaf
+
+    return map_named(one, params)
+
+
+def save_adapter(params: LlavaOnevision, output: str, *, base: str) -> None:
+    """The adapters of an adapted tree as a PEFT directory that peft.PeftModel loads over `base`; fp32, and exact.
+
+    Raises FileExistsError when `output` is there, ValueError when `params` has no adapter.
+    """
+    kernels = dict(_adapted_kernels(params))
+    if not kernels:
+        raise ValueError("this model has no adapter; export its weights instead")
+    rank = next(iter(kernels.values())).a.shape[-1]
+    scale = next(iter(kernels.values())).scale
+    tensors = dict(export_tensors(params, _adapter_keys(list(kernels)), "float32"))
+    directory = epath.Path(output)
+    if directory.exists():
+        raise FileExistsError(f"{output} exists already; name another --output or remove it")
+    directory.mkdir(parents=True)
+    (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+    document = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": round(scale * rank, 6),
+        "target_modules": _target_modules(list(kernels)),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+    (directory / CONFIG).write_text(json.dumps(document, indent=2) + "\n")  # last: it makes the directory an adapter
+
+
+def _adapted_kernels(params: Any) -> list[tuple[str, Adapted]]:
+    leaves = dict(named_leaves(params))
+    names = [name.removesuffix(".a") for name in leaves if name.endswith(".a")]
+    return [(name, _at(params, name)) for name in names]
+
+
+def _at(tree: Any, name: str) -> Any:
+    for part in name.split("."):
+        tree = getattr(tree, part)
+    return tree
+
+
+def _adaptable() -> list[Key]:
+    """The table's entries for matrices of the parts an adapter may change."""
+    parts = ("decoder.layers.", "projector.")
+    return [key for key in KEYS if key.ours.startswith(parts) and key.ours.endswith("_kernel")]
+
+
+def _module(key: Key) -> str:
+    """The module's path in transformers 5's LlavaOnevisionForConditionalGeneration."""
+    name = key.theirs.removesuffix(".weight")
+    return "model." + name.replace("language_model.model.", "language_model.", 1)
+
+
+def _names(key: Key) -> tuple[str, str]:
+    return f"base_model.model.{_module(key)}.lora_A.weight", f"base_model.model.{_module(key)}.lora_B.weight"
+
+
+def _canonical(name: str) -> str:
+    """transformers 5's module paths; adapters made with transformers 4 spell language_model.model.layers."""
+    bare = name.removeprefix("base_model.model.").removeprefix("model.")
+    return "base_model.model.model." + bare.replace("language_model.model.", "language_model.", 1)
+
+
+def _adapter_keys(kernels: Sequence[str]) -> list[Key]:
+    """The table of the adapters of `kernels`, derived from the kernels' own."""
+    out = []
+    for key in _adaptable():
+        if key.ours not in kernels:
+            continue
+        outs, ins = re.findall(r"\([^)]*\)|\S+", key.pattern.split("->")[0])  # torch keeps [out, in]
+        a, b = _names(key)
+        out.append(Key(f"{key.ours}.a", a, f"z {ins} -> {ins.strip('()')} z"))
+        out.append(Key(f"{key.ours}.b", b, f"{outs} z -> z {outs.strip('()')}"))
+    return out
+
+
+def _target_modules(kernels: Sequence[str]) -> str:
+    """A pattern for PEFT's full match: bare names such as q_proj would hit the vision tower as well."""
+    modules = [_module(key) for key in _adaptable() if key.ours in kernels]
+    return "|".join(re.escape(module).replace(re.escape("{layer}"), r"\d+") for module in modules)

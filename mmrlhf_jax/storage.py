@@ -1,0 +1,234 @@
+"""Where local disks and object stores differ: whole writes, uploads, and copies for code that reads local files only.
+
+`epath.Path` names both, and most calls are the same. But in a bucket (gs://) there are no directories, renaming copies,
+and appending REPLACES what was there; an object appears whole when its upload ends, and not before. gs:// needs the
+`gcs` extra. Importing this module settles two things for every epath and fsspec user in the process:
+
+* Directory listings are not cached. gcsfs keeps them for good, so a process would never see what another one writes,
+  and would cut a grown object at its old length.
+* TensorFlow is not used for gs://, even where it is installed: every host then goes through the same code.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import fsspec
+from etils import epath
+from tqdm import tqdm
+
+os.environ.setdefault("EPATH_USE_TF", "false")
+fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
+
+CACHE_VARIABLE = "MMRLHF_CACHE"
+TRANSFERS = 8  # files at a time
+PATIENCE = 5.0  # seconds before a transfer shows its progress
+
+PathLike = str | os.PathLike[str]
+
+
+class StorageError(ValueError):
+    """Files that cannot be reached, or that did not arrive whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """An object: its name below the directory, bytes, and a version that every overwriting changes."""
+
+    name: str
+    size: int
+    version: str
+
+
+def is_remote(path: PathLike) -> bool:
+    """Whether `path` is in an object store."""
+    return "://" in os.fspath(path)
+
+
+def to_path(path: PathLike) -> epath.Path:
+    """`path` for use with epath.
+
+    Raises:
+        StorageError: what reads this kind of path is not installed.
+    """
+    if is_remote(path):
+        _file_system(path)
+    return epath.Path(path)
+
+
+def read_bytes(path: PathLike, limit: int) -> bytes:
+    """The first `limit` bytes of an object, in one request (epath takes nine to look and read).
+
+    Raises:
+        OSError: it does not exist or cannot be read.
+    """
+    file_system, name = _file_system(path)
+    try:
+        return file_system.cat_file(name, start=0, end=limit)
+    except OSError:
+        raise
+    except Exception as error:  # gcsfs has errors of its own
+        if "not satisfiable" in str(error):  # HTTP 416: an empty object has no first byte
+            return b""
+        raise OSError(f"{os.fspath(path)}: {error}") from error
+
+
+def open_read(path: PathLike) -> io.BufferedReader | BinaryIO:
+    """A binary stream. fsspec's own streams know no `readline(size)`, without which a line has no bound."""
+    stream = to_path(path).open("rb")
+    return io.BufferedReader(stream, 2**20) if is_remote(path) else stream
+
+
+def write_whole(path: epath.Path, data: bytes) -> None:
+    """A reader sees no file, the old one or all of the new one, whenever this process ends.
+
+    The name aside is the same each time, so a killed run leaves one at most. In a bucket the upload itself is atomic;
+    `path.open("wb")` is not, since it completes the object even when left by an exception.
+    """
+    if is_remote(path):
+        file_system, name = _file_system(path)
+        file_system.pipe_file(name, data)
+        return
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_bytes(data)
+    aside.replace(path)
+
+
+def list_files(directory: PathLike) -> list[RemoteFile]:
+    """The objects directly under a remote `directory`, by name; none where it does not exist."""
+    file_system, name = _file_system(directory)
+    try:
+        found = file_system.ls(name, detail=True)
+    except FileNotFoundError:
+        return []
+    files = [
+        RemoteFile(os.path.basename(one["name"]), one["size"], str(one.get("generation") or one.get("mtime")))
+        for one in found
+        if one["type"] == "file" and not one["name"].endswith("/")  # some tools make an empty object of a directory
+    ]
+    return sorted(files, key=lambda file: file.name)
+
+
+def upload(source: Path, target: PathLike, *, last: str, marker: str) -> None:
+    """Make the objects directly under a remote `target` the files of the local directory `source`.
+
+    The file `last` is uploaded after all others have arrived whole: who sees it sees everything. Until then the
+    object `marker` says that `target` is half an upload, which a later one clears away.
+
+    Raises:
+        StorageError: a file did not arrive whole.
+    """
+    file_system, name = _file_system(target)
+    write_whole(epath.Path(target) / marker, b"")
+    for stale in list_files(target):
+        if stale.name != marker:
+            file_system.rm_file(f"{name}/{stale.name}")
+    files = sorted(file for file in source.iterdir() if file.name != last)
+    _transfer(lambda file: _put(file_system, name, file), files, [f.stat().st_size for f in files], f"to {target}")
+    arrived = {file.name: file.size for file in list_files(target)}
+    for file in files:
+        if arrived.get(file.name) != file.stat().st_size:
+            raise StorageError(
+                f"{target}/{file.name} has {arrived.get(file.name)} bytes after uploading {file.stat().st_size}: run "
+                "the same command again"
+            )
+    _put(file_system, name, source / last)
+    file_system.rm_file(f"{name}/{marker}")
+
+
+def local_copy(directory: PathLike, wanted: Callable[[str], bool]) -> Path:
+    """A local directory with the objects directly under a remote `directory` whose names are `wanted`.
+
+    Copies are kept under MMRLHF_CACHE (default: mmrlhf_jax in XDG_CACHE_HOME or ~/.cache), keyed by the directory and
+    the names, sizes and versions of its objects, so an overwritten object is never taken for its predecessor. The
+    processes of a host may ask at the same time: one copies, the others wait. An interrupted copy goes on where it
+    was. Nothing is ever removed there.
+
+    Raises:
+        StorageError: the disk is too small, or a file did not arrive whole.
+    """
+    file_system, name = _file_system(directory)
+    files = [file for file in list_files(directory) if wanted(file.name)]
+    stated = repr([os.fspath(directory).rstrip("/"), *((file.name, file.size, file.version) for file in files)])
+    target = cache_directory() / f"{os.path.basename(name)}-{hashlib.sha256(stated.encode()).hexdigest()[:16]}"
+    target.mkdir(parents=True, exist_ok=True)
+    with _alone(target.with_name(target.name + ".lock")):
+        missing = [file for file in files if _size(target / file.name) != file.size]
+        _check_room(target, directory, sum(file.size for file in missing))
+        fetch = partial(_get, file_system, name, target)
+        _transfer(fetch, missing, [file.size for file in missing], f"from {os.fspath(directory)}")
+    return target
+
+
+def cache_directory() -> Path:
+    """Where copies of remote files are kept."""
+    if given := os.environ.get(CACHE_VARIABLE):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmrlhf_jax"
+
+
+def _file_system(path: PathLike) -> tuple[Any, str]:
+    """The fsspec file system of `path`, and its name for `path`."""
+    text = os.fspath(path)
+    try:
+        return fsspec.core.url_to_fs(text)
+    except ImportError as error:
+        cure = "pip install 'mmrlhf-jax[gcs]'" if text.startswith("gs://") else str(error)
+        raise StorageError(f"{text} needs a package that is not installed: {cure}") from error
+    except ValueError as error:  # fsspec: protocol not known
+        raise StorageError(f"{text} is neither a local path nor gs://: {error}") from error
+
+
+def _put(file_system: Any, directory: str, file: Path) -> None:
+    file_system.put_file(str(file), f"{directory}/{file.name}")
+
+
+def _get(file_system: Any, directory: str, target: Path, file: RemoteFile) -> None:
+    aside = target / f".{file.name}.writing"
+    file_system.get_file(f"{directory}/{file.name}", str(aside))
+    if aside.stat().st_size != file.size:
+        raise StorageError(
+            f"{directory}/{file.name}: {aside.stat().st_size} of {file.size} bytes arrived; run the same command again"
+        )
+    aside.replace(target / file.name)
+
+
+def _transfer(one: Callable[[Any], None], files: list[Any], sizes: list[int], label: str) -> None:
+    with (
+        ThreadPoolExecutor(TRANSFERS) as pool,
+        tqdm(total=sum(sizes), desc=label, unit="B", unit_scale=True, delay=PATIENCE) as bar,
+    ):
+        for _, size in zip(pool.map(one, files), sizes, strict=True):
+            bar.update(size)
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
+def _check_room(target: Path, directory: PathLike, needed: int) -> None:
+    free = shutil.disk_usage(target).free
+    if needed > free:
+        raise StorageError(
+            f"{os.fspath(directory)} needs {needed / 2**30:.1f} GiB in {target.parent}, which has {free / 2**30:.1f} "
+            f"GiB free: set {CACHE_VARIABLE} to a directory on a larger disk"
+        )
+
+
+@contextmanager
+def _alone(lock: Path) -> Iterator[None]:
+    """One process of this host at a time; the kernel gives the lock back when its holder dies."""
+    with lock.open("w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,166 @@
+"""Loading a MODEL: a Hugging Face directory, a hub id, a PEFT adapter directory, or a RUN (RUN@best, RUN@STEP)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+from jax.sharding import Mesh
+
+from mmrlhf_jax.models.llava_onevision import weights
+from mmrlhf_jax.models.llava_onevision.adapter import is_adapter_directory, load_adapted, read_adapter_config
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
+from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision, declare
+from mmrlhf_jax.nn import lora
+from mmrlhf_jax.nn import params as nn_params
+from mmrlhf_jax.nn.sharding import ShardingRules
+from mmrlhf_jax.storage import is_remote
+from mmrlhf_jax.training.best import best_step
+from mmrlhf_jax.training.recipe import INFERENCE, LoraConfig, PartRates
+from mmrlhf_jax.training.run import Checkpoints, RunDirectory
+from mmrlhf_jax.training.state import partition, with_dtypes
+
+_CHECKPOINT = re.compile(r"(?P<run>.+)@(?P<step>best|\d+)")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A MODEL in memory; `assets` is the directory with its config, tokenizer and templates."""
+
+    config: LlavaOnevisionConfig
+    params: LlavaOnevision
+    assets: epath.Path
+    step: int | None = None  # of the checkpoint, for a RUN
+
+
+def split_model(model: str) -> tuple[str, str | None]:
+    """`RUN@best` and `RUN@120` as (RUN, which checkpoint); anything else as (model, None)."""
+    found = _CHECKPOINT.fullmatch(model)
+    return (found["run"], found["step"]) if found and is_run(found["run"]) else (model, None)
+
+
+def is_run(model: str) -> bool:
+    return RunDirectory.at(model).exists()
+
+
+def absolute(model: str) -> str:
+    """A MODEL as a name that means the same from any working directory."""
+    name, which = split_model(model)
+    if not is_remote(name) and Path(name).exists():
+        name = str(Path(name).absolute())
+    return f"{name}@{which}" if which else name
+
+
+def assets_of(model: str) -> epath.Path:
+    """The directory of a MODEL's config, tokenizer and templates; downloads a hub id's files."""
+    model, _ = split_model(model)
+    if is_run(model):
+        return RunDirectory.at(model).model
+    if is_adapter_directory(model):
+        return assets_of(read_adapter_config(model).base)
+    return epath.Path(weights.resolve(model))
+
+
+def load_model(
+    model: str,
+    mesh: Mesh,
+    rules: ShardingRules,
+    *,
+    rates: PartRates,
+    dtype: str | None = None,
+) -> LoadedModel:
+    """Parameters of a MODEL in their shards: parts with a rate in fp32, the others in `dtype`, or as they are stored.
+
+    Adapters, of a LoRA run or of a PEFT directory, are merged into their kernels, which are then fp32. Raises
+    FileNotFoundError or ValueError saying what is missing.
+    """
+    if (loaded := load_adapters(model, mesh, rules, rates=rates, dtype=dtype)) is not None:
+        return dataclasses.replace(loaded, params=lora.merge(loaded.params))
+    name, which = split_model(model)
+    assets = assets_of(model)
+    config = read_config(str(assets))
+    bare = declare(config)
+    if not is_run(name):
+        declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(assets, bare))
+        return LoadedModel(config, weights.load_params(assets, declared, config, mesh, rules), assets)
+    checkpoints, step = _open(name, which)
+    declared = with_dtypes(bare, rates, dtype or checkpoints.position(step)["dtypes"])
+    params = checkpoints.params(step, nn_params.abstract(declared, mesh, rules))
+    checkpoints.close()
+    return LoadedModel(config, params, assets, step)
+
+
+def load_adapters(
+    model: str, mesh: Mesh, rules: ShardingRules, *, rates: PartRates = INFERENCE, dtype: str | None = None
+) -> LoadedModel | None:
+    """The model of a LoRA run or PEFT directory with its adapters beside its kernels; None for any other MODEL."""
+    name, which = split_model(model)
+    if is_adapter_directory(name):
+        base = load_model(read_adapter_config(name).base, mesh, rules, rates=rates, dtype=dtype)
+        params = load_adapted(name, base.params, declare(base.config), mesh, rules)
+        return dataclasses.replace(base, params=params, step=None)
+    if not is_run(name):
+        return None
+    made_with = json.loads(RunDirectory.at(name).start.read_text()).get("lora")
+    if not made_with:
+        return None
+    base = load_model(base_of(model), mesh, rules, rates=rates, dtype=dtype)
+    settings = LoraConfig(**{**made_with, "targets": tuple(made_with["targets"])})
+    declared = lora.declare_adapted(declare(base.config), settings.targets, settings.rank, settings.alpha)
+    adapters, _ = partition(declared, lora.is_adapter)
+    checkpoints, step = _open(name, which)
+    restored = dict(nn_params.named_leaves(checkpoints.params(step, nn_params.abstract(adapters, mesh, rules))))
+    checkpoints.close()
+    kernels = dict(nn_params.named_leaves(base.params))
+    params = nn_params.map_named(lambda at, _: restored[at] if at in restored else kernels[_bare(at)], declared)
+    return LoadedModel(base.config, params, RunDirectory.at(name).model, step)
+
+
+def base_of(model: str) -> str:
+    """The MODEL under the adapters of a LoRA run or PEFT directory."""
+    name, _ = split_model(model)
+    if is_run(name):
+        return str(json.loads(RunDirectory.at(name).start.read_text())["base"])
+    return read_adapter_config(name).base
+
+
+def _bare(name: str) -> str:
+    return name.removesuffix(".base")
+
+
+def _open(run: str, which: str | None) -> tuple[Checkpoints, int]:
+    """The checkpoints of a RUN and the step asked for."""
+    directory = RunDirectory.at(run)
+    checkpoints = Checkpoints(directory.checkpoints)
+    have = checkpoints.steps()
+    step = best_step(directory, have) if which == "best" else checkpoints.latest() if which is None else int(which)
+    if step is None or step not in have:
+        there = ", ".join(map(str, have))
+        raise FileNotFoundError(f"{run}: no checkpoint {f'{step}; there: {there}' if there else 'yet'}")
+    return checkpoints, step
+
+
+def model_fingerprint(config: LlavaOnevisionConfig, params: LlavaOnevision) -> str:
+    """Names a model's function: its configuration and its weights, however they are stored or sharded."""
+    described = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return f"{nn_params.fingerprint(params)}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+
+
+def with_fresh_adapters(start: LoadedModel, settings: LoraConfig, mesh: Mesh, rules: ShardingRules, seed: int) -> Any:
+    """The parameters of `start` under new adapters, which change nothing yet."""
+    return lora.adapt(
+        start.params,
+        declare(start.config),
+        mesh,
+        rules,
+        targets=settings.targets,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        seed=seed,
+    )
