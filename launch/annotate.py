@@ -28,10 +28,11 @@ from mmrlhf_jax.training.runtime import set_up_jax
 
 @dataclass(frozen=True)
 class Arguments:
-    """Reference log-probs of every response under MODEL, stored beside DATASET. The same command again resumes."""
+    """Reference log-probs of every response under MODEL, stored beside DATASET, or beside each part of a mixture.
+    The same command again resumes."""
 
     dataset: str
-    """a directory made by launch/prepare.py"""
+    """a directory made by launch/prepare.py, or a mixture file: of each of its parts the rows it takes"""
     model: str
     """a Hugging Face directory, a hub id, or a RUN"""
     what: Annotated[Literal["reference"], tyro.conf.arg(name="with")]
@@ -62,10 +63,12 @@ def main() -> None:
         vocab_shards=mesh.shape["tensor"],
     )
     key = reference_key(model_fingerprint(model.config, model.params), renderer, arguments.dtype)
-    store = AnnotationStore.open(arguments.dataset, REFERENCE, key)
-    written = write_reference_logps(dataset, renderer, model, store, mesh, compute, arguments.score)
-    done = "done already" if not written else f"{written} groups scored"
-    say(f"{done}: {len(dataset)} stored in {store.directory}")
+    for part, row_of in dataset.parts():
+        rows = set(row_of.values())
+        store = AnnotationStore.open(part.path, REFERENCE, key)
+        written = write_reference_logps(part, rows, renderer, model, store, mesh, compute, arguments.score)
+        done = "done already" if not written else f"{written} groups scored"
+        say(f"{done}: {len(rows)} stored in {store.directory}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import tyro
 
 from mmrlhf_jax.command import UsageError, run_command
+from mmrlhf_jax.data import video
 from mmrlhf_jax.data.media import MAX_FRAMES
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.data.sources import SOURCES
@@ -49,7 +50,9 @@ class Arguments:
     max_tokens: int | None = None
     """Reject groups whose prompt + longest response has more tokens (needs --model)."""
     max_frames: int = MAX_FRAMES
-    """Reject videos with more frames."""
+    """Reject directories of frames that hold more."""
+    video_frames: int = video.FRAMES
+    """Store so many evenly spaced frames of a video file; a run takes its own --render.frames of these."""
     max_rejected: float = 0.05
     """Fail, and prepare nothing, if a larger share of rows is rejected (duplicates aside)."""
     limit: int | None = None
@@ -75,7 +78,7 @@ def _options(arguments: Arguments) -> PrepareOptions:
         raise UsageError("--max-tokens needs --model: lengths are counted in the model's tokens")
     if not 0 <= arguments.max_rejected <= 1:
         raise UsageError(f"--max-rejected {arguments.max_rejected} is not a share between 0 and 1")
-    for name in ("max_tokens", "max_frames", "limit", "workers"):
+    for name in ("max_tokens", "max_frames", "video_frames", "limit", "workers"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
@@ -88,6 +91,7 @@ def _options(arguments: Arguments) -> PrepareOptions:
         renderer=None if arguments.model is None else _renderer(arguments.model),
         max_tokens=arguments.max_tokens,
         max_frames=arguments.max_frames,
+        video_frames=arguments.video_frames,
         max_rejected=arguments.max_rejected,
         limit=arguments.limit,
         workers=arguments.workers,

@@ -6,6 +6,8 @@ all pictures and frames of the group, so a reader scans texts without touching p
 
 ArrayRecord files are written and read on local disks only. A dataset on gs:// is uploaded when it is whole, and copied
 once per host before it is read (`storage.local_copy`).
+
+Wherever a dataset is named, a mixture of several may be: see `data.mixture`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from etils import epath
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.data.media import digest
+from mmrlhf_jax.data.mixture import MixedDataset, open_mixture
 from mmrlhf_jax.groups import Group
 
 FORMAT_VERSION = 1  # raised whenever the same inputs would be stored differently
@@ -218,6 +221,10 @@ class PreparedDataset:
             filled.append(dataclasses.replace(media, encoded=own))
         return dataclasses.replace(group, media=tuple(filled))
 
+    def parts(self) -> Iterator[tuple[PreparedDataset, dict[int, int]]]:
+        """Itself, and each row -> that row: as a mixture yields its parts."""
+        yield self, {row: row for row in range(self._length)}
+
     def _checked(self, row: int) -> int:
         if not 0 <= row < self._length:
             raise IndexError(f"{self.path} has rows 0..{self._length - 1}, not {row}")
@@ -229,10 +236,15 @@ class PreparedDataset:
         return self._splits[name]
 
 
-def open_dataset(path: str | os.PathLike[str]) -> PreparedDataset:
-    """The dataset that `launch/prepare.py --output PATH` wrote.
+Dataset = PreparedDataset | MixedDataset
+
+
+def open_dataset(path: str | os.PathLike[str]) -> Dataset:
+    """The dataset that `launch/prepare.py --output PATH` wrote, or the mixture that the JSON file at `path` describes.
 
     Raises:
         DatasetError: there is none, or it is damaged.
+        MixtureError: the file describes no mixture.
     """
-    return PreparedDataset(os.fspath(path))
+    name = os.fspath(path)
+    return open_mixture(name, PreparedDataset) if epath.Path(name).is_file() else PreparedDataset(name)

@@ -20,6 +20,7 @@ from etils import epath
 from PIL import ExifTags, Image, ImageFile
 
 from mmrlhf_jax import storage
+from mmrlhf_jax.data import video
 from mmrlhf_jax.groups import Media
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -86,8 +87,10 @@ class MediaRoot:
     """The directory (local or gs://) under which every media path must lie, and the bounds on what is read."""
 
     path: str
-    max_frames: int = MAX_FRAMES
+    max_frames: int = MAX_FRAMES  # of a directory
     max_pixels: int = MAX_PIXELS
+    video_frames: int = video.FRAMES  # taken from a video file
+    spool: str | None = None  # a directory that keeps these, so that a second reading decodes nothing
 
     def resolve(self, relative: str) -> epath.Path:
         """The path under the root.
@@ -119,8 +122,8 @@ def read_media(media: Media, root: MediaRoot) -> Media:
     """`media` with `encoded`, `sizes` and `sha256` filled; headers are checked, pixels are not decoded.
 
     A video is a directory of frame pictures in lexicographic order of file name (the released loader's order, so
-    zero-pad the numbers); hidden files and files without a picture suffix are passed over. A video's `sha256` is
-    that of its frames' digests.
+    zero-pad the numbers); hidden files and files without a picture suffix are passed over. Or it is a video file, of
+    which `root.video_frames` are taken, see `data.video`. A video's `sha256` is that of its frames' digests.
 
     Raises:
         MediaError: naming the path and the cure.
@@ -129,6 +132,8 @@ def read_media(media: Media, root: MediaRoot) -> Media:
     encoded: tuple[bytes, ...]
     if media.kind == "image":
         encoded = (_read_file(path, media.path),)
+    elif video.is_video_name(media.path) and not path.is_dir():
+        encoded = _frames_of_file(path, media.path, root)
     else:
         names = _frame_names(path, media.path, root.max_frames)
         for name in names:
@@ -195,9 +200,35 @@ def _read_object(path: epath.Path, name: str) -> bytes:
     return data
 
 
+def _frames_of_file(path: epath.Path, name: str, root: MediaRoot) -> tuple[bytes, ...]:
+    kept = root.spool and epath.Path(root.spool) / hashlib.sha256(os.fsencode(name)).hexdigest()
+    if kept and kept.exists():
+        return video.unpack(kept.read_bytes())
+    try:
+        frames = video.read_frames(path, root.video_frames, max_pixels=root.max_pixels)
+    except video.VideoError as error:
+        raise MediaError(f"{name!r}: {error}") from error
+    except OSError as error:
+        raise MediaError(f"{name!r} cannot be read ({_one_line(error)}): check its permissions") from error
+    if kept:
+        _keep(kept, video.pack(frames))
+    return frames
+
+
+def _keep(path: epath.Path, data: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:  # no fault of the row's
+        raise ValueError(f"frames cannot be kept in {path.parent} ({_one_line(error)}): make room there") from error
+
+
 def _frame_names(path: epath.Path, name: str, max_frames: int) -> list[str]:
     if not path.is_dir():
-        raise MediaError(f"{name!r} is not a directory: a video is a directory of frame pictures, extract its frames")
+        raise MediaError(
+            f"{name!r} is not a directory: a video is a directory of frame pictures, or a file ending in "
+            f"{', '.join(sorted(video.SUFFIXES))}"
+        )
     names = sorted(
         child.name
         for child in path.iterdir()

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.command import one_line
+from mmrlhf_jax.data import video
 from mmrlhf_jax.data.dataset import (
     FORMAT_VERSION,
     UPLOADING,
@@ -52,6 +53,8 @@ class PrepareOptions:
     media          root of all media paths; None where no row names any, as where all pictures stand in the rows
     renderer       measures lengths; needed for `max_tokens`
     max_tokens     a group whose prompt + longest response is longer is rejected, never cut
+    max_frames     a frame directory with more is rejected
+    video_frames   so many, evenly spaced, are stored of a video file
     max_rejected   share of rejected rows (duplicates aside) above which nothing is prepared
     limit          only the first so many groups that are read; all rows are read, since those of a group may stand
                    anywhere
@@ -65,6 +68,7 @@ class PrepareOptions:
     renderer: Renderer | None = None
     max_tokens: int | None = None
     max_frames: int = MAX_FRAMES
+    video_frames: int = video.FRAMES
     max_rejected: float = 0.05
     limit: int | None = None
     workers: int = 4
@@ -109,14 +113,14 @@ def prepare(options: PrepareOptions) -> Report:
     metadata = _metadata(options)
     if (done := _find_done(output, metadata)) is not None:
         _clear_aside(output)
-        _clear_pictures(output)
+        _clear_waiting(output)
         _check_share(done, options, output)
         return done
-    _clear_pictures(output)
+    _clear_waiting(output)
     try:
         return _prepare(options, output, metadata)
     finally:
-        _clear_pictures(output)
+        _clear_waiting(output)
 
 
 def _prepare(options: PrepareOptions, output: epath.Path, metadata: dict[str, Any]) -> Report:
@@ -149,6 +153,7 @@ def _metadata(options: PrepareOptions) -> dict[str, Any]:
         "renderer": None if options.renderer is None else options.renderer.fingerprint,
         "max_tokens": options.max_tokens,
         "max_frames": options.max_frames,
+        "video_frames": options.video_frames,
     }
     if options.limit is not None:  # otherwise unstated: datasets from before it existed stay what they are
         stated["limit"] = options.limit
@@ -209,7 +214,7 @@ def _check_share(report: Report, options: PrepareOptions, output: epath.Path) ->
 
 
 def _read(options: PrepareOptions) -> _Sorting:
-    store = PictureStore(_pictures(epath.Path(options.output)))
+    store = PictureStore(_waiting(epath.Path(options.output), "pictures"))
     sorting, left_out = _Sorting(), 0
     for item in read_source(options.source, options.inputs, dataclasses.replace(options.source_options, store=store)):
         match item:
@@ -257,12 +262,17 @@ def _media_root(options: PrepareOptions) -> MediaRoot:
         raise PrepareError("the rows name pictures or videos: give their root with --media")
     if not epath.Path(options.media).is_dir():
         raise PrepareError(f"{options.media} is not a directory: correct --media")
-    return MediaRoot(options.media, max_frames=options.max_frames)
+    return MediaRoot(
+        options.media,
+        max_frames=options.max_frames,
+        video_frames=options.video_frames,
+        spool=os.fspath(_waiting(epath.Path(options.output), "frames")),
+    )
 
 
 def _store_root(options: PrepareOptions) -> MediaRoot:
     """Where the pictures lie that stood in rows."""
-    return MediaRoot(os.fspath(_pictures(epath.Path(options.output))))
+    return MediaRoot(os.fspath(_waiting(epath.Path(options.output), "pictures")))
 
 
 def _prove(media: Media, root: MediaRoot) -> Proven | str:
@@ -355,13 +365,13 @@ def _clear_aside(output: epath.Path) -> epath.Path:
         (output / UPLOADING).unlink(missing_ok=True)
         return output
     aside = output.parent / f".{output.name}.preparing"
-    if aside.exists():
-        aside.rmtree()
+    _clear(aside)
     return aside
 
 
-def _pictures(output: epath.Path) -> epath.Path:
-    name = f".{output.name}.pictures"
+def _waiting(output: epath.Path, what: str) -> epath.Path:
+    """Where `what` waits on a local disk till it is written: `pictures` that stood in rows, `frames` of video files."""
+    name = f".{output.name}.{what}"
     if not storage.is_remote(output):
         return output.parent / name
     # named by the output, so that the next run finds and clears what a killed one left
@@ -369,9 +379,15 @@ def _pictures(output: epath.Path) -> epath.Path:
     return epath.Path(tempfile.gettempdir()) / f"{name}-{place}"
 
 
-def _clear_pictures(output: epath.Path) -> None:
-    if _pictures(output).exists():
-        _pictures(output).rmtree()
+def _clear_waiting(output: epath.Path) -> None:
+    """What an interrupted run left may be of other files."""
+    for what in ("pictures", "frames"):
+        _clear(_waiting(output, what))
+
+
+def _clear(directory: epath.Path) -> None:
+    if directory.exists():
+        directory.rmtree()
 
 
 def _reload(group: Group, options: PrepareOptions) -> list[bytes]:

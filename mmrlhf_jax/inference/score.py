@@ -6,7 +6,7 @@ One forward a group, without gradient. Written in parts as it goes, so a killed 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class ScoreConfig:
 
 def write_reference_logps(
     dataset: PreparedDataset,
+    rows: Collection[int],
     renderer: Renderer,
     model: LoadedModel,
     store: AnnotationStore,
@@ -48,8 +49,8 @@ def write_reference_logps(
     compute: Compute,
     config: ScoreConfig,
 ) -> int:
-    """Stores `logp` f32 [tokens of all responses, end to end] for every row that has none yet; returns how many it
-    wrote."""
+    """Stores `logp` f32 [tokens of all responses, end to end] for each of `rows` that has none yet; returns how many
+    it wrote."""
     groups = list(dataset.groups())
     selection = Selection(preferences=False)
     items = select(groups, measure(groups, renderer), selection)
@@ -63,7 +64,7 @@ def write_reference_logps(
         groups_per_step=len(items.items),
         tile_cost=4 * model.config.tile_cost,  # a forward alone: the tower is no longer the cheap part
     )
-    todo = sorted(set(range(len(groups))) - store.done())
+    todo = sorted(set(rows) - store.done())
     wait_for_all("every process knows what there is to do")
     plan = reading_plan(items, buckets.buckets, buckets.assignment, todo)
     share, written = batch_share(mesh), written_parts(mesh)
@@ -75,11 +76,11 @@ def write_reference_logps(
     pending: dict[int, np.ndarray] = {}
     with (
         jax.set_mesh(mesh),
-        tqdm(total=len(groups), initial=len(groups) - len(todo), unit="group", disable=not is_speaker()) as bar,
+        tqdm(total=len(rows), initial=len(rows) - len(todo), unit="group", disable=not is_speaker()) as bar,
     ):
         for micro, batch in micro_batches(plan, loader, workers=config.workers):
             logp = _local(score(model.params, to_devices(batch, mesh)), share)
-            found = split_rows(logp, batch, items)
+            found = split_rows(logp, batch, items, dataset.path)
             each = len(batch.row) // len(share.parts)
             mine = {int(row) for i, row in enumerate(batch.row) if share.parts[i // each] in written}
             pending.update({row: values for row, values in found.items() if row in mine})
@@ -109,8 +110,9 @@ def _local(values: jax.Array, share: BatchShare) -> np.ndarray:
     return np.concatenate([np.asarray(held[part]) for part in share.parts])
 
 
-def split_rows(logp: np.ndarray, batch: GroupBatch, items: Items) -> dict[int, np.ndarray]:
-    """Log-probs f32 [B, S] as one array a dataset row, padding removed. Raises ValueError at one that is not finite."""
+def split_rows(logp: np.ndarray, batch: GroupBatch, items: Items, path: str) -> dict[int, np.ndarray]:
+    """Log-probs f32 [B, S] as one array a row of the dataset at `path`, padding removed. Raises ValueError at one that
+    is not finite."""
     p, branches = batch.tap_index.shape[1], batch.branch_end.shape[1]
     out = {}
     for b, row in enumerate(np.asarray(batch.row)):
@@ -118,7 +120,7 @@ def split_rows(logp: np.ndarray, batch: GroupBatch, items: Items) -> dict[int, n
             continue
         values = logp[b, batch.branch[b, p:] < branches]
         if not np.isfinite(values).all():
-            raise ValueError(f"row {row}: the model gives non-finite log-probs; try compute dtype float32")
+            raise ValueError(f"{path} row {row}: the model gives non-finite log-probs; try compute dtype float32")
         out[int(row)] = values
     return out
 

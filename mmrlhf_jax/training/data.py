@@ -11,7 +11,7 @@ import numpy as np
 
 from mmrlhf_jax.data.annotations import AnnotationStore, find
 from mmrlhf_jax.data.buckets import BucketPlan, plan_buckets
-from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax.data.dataset import Dataset, PreparedDataset
 from mmrlhf_jax.data.pipeline import Item, Items, Loader, Selection, measure, reading_plan, select
 from mmrlhf_jax.data.plan import StepPlan, plan_steps
 from mmrlhf_jax.groups import Bucket, Group, Lengths, Renderer
@@ -47,7 +47,7 @@ def selection_of(recipe: Recipe) -> Selection:
 class Measured:
     """A dataset's groups and their lengths under a renderer, and which rows train and which are held out."""
 
-    dataset: PreparedDataset
+    dataset: Dataset
     renderer: Renderer
     groups: list[Group]
     lengths: list[Lengths]
@@ -55,7 +55,7 @@ class Measured:
     held_out: list[int]
 
 
-def measure_data(recipe: Recipe, dataset: PreparedDataset, renderer: Renderer, *, held_out: bool = False) -> Measured:
+def measure_data(recipe: Recipe, dataset: Dataset, renderer: Renderer, *, held_out: bool = False) -> Measured:
     """`held_out`: the whole dataset is. Raises ValueError where a group is too long for the model, or no group would be
     left on a side."""
     groups = list(dataset.groups())
@@ -173,24 +173,34 @@ def with_reference(loader: Loader, recipe: Recipe, model_fingerprint: str, rende
 
 
 def stored_reference(
-    dataset: PreparedDataset, key: Mapping[str, str], items: Sequence[Item], command: str
+    dataset: Dataset, key: Mapping[str, str], items: Sequence[Item], command: str
 ) -> dict[int, np.ndarray]:
-    """Reference log-probs f32 [tokens of all responses] by row. Raises ValueError with the command that makes them."""
-    stores = find(dataset.path, REFERENCE)
+    """Reference log-probs f32 [tokens of all responses] by row, from beside each part of `dataset`. Raises ValueError
+    with the command that makes them."""
+    wanted = {item.row for item in items}
+    found: dict[int, np.ndarray] = {}
+    for part, row_of in dataset.parts():
+        stored = _stored_beside(part, key, command)
+        missing = sorted({row_of[row] for row in wanted & row_of.keys()} - stored.keys())
+        if missing:
+            raise ValueError(
+                f"{part.path}: {len(missing)} groups have no reference log-probs yet (row {missing[0]} first). "
+                f"Finish them: {command}"
+            )
+        found |= {row: stored[own] for row, own in row_of.items() if own in stored}
+    return found
+
+
+def _stored_beside(part: PreparedDataset, key: Mapping[str, str], command: str) -> dict[int, np.ndarray]:
+    stores = find(part.path, REFERENCE)
     if not any(dict(store.key) == dict(key) for store in stores):
         found = "; ".join(
             f"{s.directory.name} differs in {', '.join(k for k in key if s.key.get(k) != key[k])}" for s in stores
         )
         raise ValueError(
-            f"{dataset.path} has no reference log-probs of this model, rendering and dtype"
+            f"{part.path} has no reference log-probs of this model, rendering and dtype"
             + (f" (there: {found})" if found else "")
             + f". Make them: {command}"
         )
-    stored = AnnotationStore.open(dataset.path, REFERENCE, key).read(dataset)
-    missing = sorted({item.row for item in items} - set(stored))
-    if missing:
-        raise ValueError(
-            f"{dataset.path}: {len(missing)} groups have no reference log-probs yet (row {missing[0]} first). "
-            f"Finish them: {command}"
-        )
+    stored = AnnotationStore.open(part.path, REFERENCE, key).read(part)
     return {row: arrays["logp"] for row, arrays in stored.items()}

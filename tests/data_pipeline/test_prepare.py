@@ -300,6 +300,7 @@ def test_failures_are_one_line_and_bad_usage_is_2(options: Any, tmp_path: Path, 
         (["--map", "prompt"], "--map prompt: write TARGET=FIELD"),
         (["--max-tokens", "5"], "--max-tokens needs --model"),
         (["--max-frames", "0"], "--max-frames 0 is not positive"),
+        (["--video-frames", "0"], "--video-frames 0 is not positive"),
         (["--max-rejected", "7"], "--max-rejected 7.0 is not a share between 0 and 1"),
         (["--nonsense"], "nonsense"),
     ]:
@@ -310,9 +311,10 @@ def test_failures_are_one_line_and_bad_usage_is_2(options: Any, tmp_path: Path, 
 
 def test_help_shows_every_default() -> None:
     shown = " ".join(run("--help").stdout.replace("│", " ").split())
-    for name in ("media", "model", "map", "margin-column", "max-tokens", "max-frames", "limit", "workers"):
+    names = ("media", "model", "map", "margin-column", "max-tokens", "max-frames", "video-frames", "limit", "workers")
+    for name in names:
         assert f"--{name}" in shown
-    assert shown.count("(default:") == 9
+    assert shown.count("(default:") == 10
 
 
 def test_a_mapped_file_is_prepared_with_its_options(options: Any) -> None:
