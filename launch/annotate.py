@@ -14,7 +14,7 @@ import tyro
 
 from mmrlhf_jax.command import run_command
 from mmrlhf_jax.data.annotations import AnnotationStore
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.inference.score import ScoreConfig, write_reference_logps
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_renderer

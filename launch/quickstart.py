@@ -219,7 +219,7 @@ def _new_model(directory: Path, world: Path, config: WorldConfig, seed: int) -> 
 
 def _evaluate(output: Path, results: Path) -> None:
     """Every policy on the held-out boards, into `results`."""
-    from mmrlhf_jax.data.dataset import open_dataset
+    from mmrlhf_jax.data.datasets import open_dataset
     from mmrlhf_jax.inference.greedy import GreedyConfig, greedy_answers
     from mmrlhf_jax.models.llava_onevision.model import Compute
     from mmrlhf_jax.models.llava_onevision.render import load_renderer

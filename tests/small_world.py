@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,37 +95,61 @@ def run(program: str, *arguments: object, devices: int = 1) -> str:
     return done.stdout
 
 
-def start_processes(program: str, *arguments: object, processes: int, devices: int) -> list[subprocess.Popen]:
+@dataclass(frozen=True)
+class Host:
+    """One virtual host: its process, and a file of what it prints (pipes read in turn would block each other)."""
+
+    process: subprocess.Popen
+    output: Path
+
+    def printed(self) -> str:
+        return self.output.read_text()
+
+
+def start_hosts(program: str, *arguments: object, processes: int, devices: int) -> list[Host]:
     """The program on `processes` virtual hosts of `devices` each, joined over the loopback; not waited for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    return [
-        subprocess.Popen(
-            command(program, *arguments),
-            env={**environment(devices), **joined, "JAX_PROCESS_ID": str(number)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for number in range(processes)
-    ]
+    # collectives of one program that do not depend on each other may start in another order on each host, and on CPUs
+    # their first meeting blocks: two hosts can then wait for each other
+    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    folder = Path(tempfile.mkdtemp(prefix="hosts-"))
+    here = environment(devices)
+    here["XLA_FLAGS"] += f" {in_order}"
+    hosts = []
+    for number in range(processes):
+        with (folder / f"{number}.txt").open("w") as output:
+            process = subprocess.Popen(
+                command(program, *arguments),
+                env={**here, **joined, "JAX_PROCESS_ID": str(number)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        hosts.append(Host(process, Path(output.name)))
+    return hosts
 
 
-def run_processes(program: str, *arguments: object, processes: int, devices: int) -> list[str]:
-    """Runs a program on several virtual hosts to its end; what each printed. Raises when one fails."""
-    started = start_processes(program, *arguments, processes=processes, devices=devices)
+def wait_for_hosts(hosts: list[Host], timeout: float = 300) -> list[int]:
+    """Exit codes. Kills what is left after `timeout` seconds."""
     try:
-        printed = [process.communicate(timeout=500)[0] for process in started]
+        return [host.process.wait(timeout) for host in hosts]
     finally:
-        for process in started:
-            process.kill()
-    for number, process in enumerate(started):
-        if process.returncode:
-            raise AssertionError(f"process {number} of {program} ended with {process.returncode}\n{printed[number]}")
-    return printed
+        for host in hosts:
+            if host.process.poll() is None:
+                os.killpg(host.process.pid, signal.SIGKILL)
+                host.process.wait()
+
+
+def run_hosts(program: str, *arguments: object, processes: int, devices: int) -> list[str]:
+    """Runs a program on several virtual hosts to its end; what each printed. Raises when one fails."""
+    hosts = start_hosts(program, *arguments, processes=processes, devices=devices)
+    for number, code in enumerate(wait_for_hosts(hosts)):
+        if code:
+            raise AssertionError(f"host {number} of {program} ended with {code}\n{hosts[number].printed()}")
+    return [host.printed() for host in hosts]
 
 
 def metrics(run_directory: Path) -> list[dict]:

@@ -15,7 +15,7 @@ from small_world import ROOT, metrics, run
 from tiny import TINY
 
 from mmrlhf_jax.batch import Entry, Totals, pack
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.media import decode
 from mmrlhf_jax.data.ranking import pairs_of
 from mmrlhf_jax.groups import Bucket

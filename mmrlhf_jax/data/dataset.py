@@ -30,7 +30,6 @@ from etils import epath
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.data.media import digest
-from mmrlhf_jax.data.mixture import MixedDataset, open_mixture
 from mmrlhf_jax.groups import Group
 
 FORMAT_VERSION = 1  # raised whenever the same inputs would be stored differently
@@ -234,17 +233,3 @@ class PreparedDataset:
         if name not in self._splits:
             self._splits[name] = tfds.builder_from_directory(self._files).as_data_source(name)
         return self._splits[name]
-
-
-Dataset = PreparedDataset | MixedDataset
-
-
-def open_dataset(path: str | os.PathLike[str]) -> Dataset:
-    """The dataset that `launch/prepare.py --output PATH` wrote, or the mixture that the JSON file at `path` describes.
-
-    Raises:
-        DatasetError: there is none, or it is damaged.
-        MixtureError: the file describes no mixture.
-    """
-    name = os.fspath(path)
-    return open_mixture(name, PreparedDataset) if epath.Path(name).is_file() else PreparedDataset(name)

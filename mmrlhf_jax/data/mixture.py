@@ -23,15 +23,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
 
+from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.groups import Group
-
-if TYPE_CHECKING:
-    from mmrlhf_jax.data.dataset import PreparedDataset
 
 MAX_WEIGHT = 1000.0
 

@@ -17,7 +17,7 @@ from absl import flags
 
 from mmrlhf_jax.batch import EMPTY, Entry, GroupBatch, Totals, pack
 from mmrlhf_jax.data.buckets import ItemLengths
-from mmrlhf_jax.data.dataset import Dataset
+from mmrlhf_jax.data.datasets import Dataset
 from mmrlhf_jax.data.media import decode
 from mmrlhf_jax.data.plan import ItemWeights, MicroBatch, StepPlan
 from mmrlhf_jax.groups import Bucket, Group, Lengths, Rendered, Renderer

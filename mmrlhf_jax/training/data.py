@@ -11,7 +11,8 @@ import numpy as np
 
 from mmrlhf_jax.data.annotations import AnnotationStore, find
 from mmrlhf_jax.data.buckets import BucketPlan, plan_buckets
-from mmrlhf_jax.data.dataset import Dataset, PreparedDataset
+from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax.data.datasets import Dataset
 from mmrlhf_jax.data.pipeline import Item, Items, Loader, Selection, measure, reading_plan, select
 from mmrlhf_jax.data.plan import StepPlan, plan_steps
 from mmrlhf_jax.groups import Bucket, Group, Lengths, Renderer

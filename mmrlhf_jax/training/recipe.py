@@ -109,7 +109,7 @@ class EvaluationConfig:
     share: float = 0.0
     """part of the data set aside and never trained on; what shares prompt and pictures stays on one side"""
     dataset: str = ""
-    """or: a DATASET of its own to evaluate on, all of it"""
+    """or: a DATASET of its own (a mixture file will do) to evaluate on, all of it"""
     metric: str = "loss"
     """which of the objective's metrics makes a checkpoint the best: losses are better low, everything else high"""
     patience: int = 0
@@ -142,7 +142,7 @@ class Recipe:
     model: str = ""
     """the starting point and the reference: a Hugging Face directory, a hub id, or a RUN"""
     dataset: str = ""
-    """a directory made by launch/prepare.py"""
+    """a directory made by launch/prepare.py, or a mixture file that names several"""
     reference: Literal["stored", "online", "lora_off"] = "stored"
     """stored: log-probs made by launch/annotate.py; online: a frozen copy of the starting model runs beside the
     policy; lora_off: the policy itself without its adapters, which costs no memory"""

@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 
 from mmrlhf_jax.batch import EMPTY, Totals
 from mmrlhf_jax.command import INTERRUPTED, CommandError
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.pipeline import Loader, micro_batches
 from mmrlhf_jax.data.plan import StepPlan
 from mmrlhf_jax.groups import Bucket

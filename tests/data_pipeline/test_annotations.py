@@ -13,7 +13,8 @@ import pytest
 from data_samples import row, write_rows
 
 from mmrlhf_jax.data.annotations import AnnotationError, AnnotationStore, find
-from mmrlhf_jax.data.dataset import PreparedDataset, open_dataset
+from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 
 KEY = {"model": "m1", "dtype": "float32"}
@@ -149,7 +150,7 @@ WRITER = """
 import sys
 import numpy as np
 from mmrlhf_jax.data.annotations import AnnotationStore
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 data = open_dataset(sys.argv[1])
 store = AnnotationStore.open(data.path, "reference", {"model": "m1"})
 print("ready", flush=True)

@@ -16,7 +16,8 @@ from data_samples import picture, row, write_media, write_rows
 from small_world import ROOT, make_small_world, metrics, run
 
 from mmrlhf_jax.data.annotations import AnnotationStore, find
-from mmrlhf_jax.data.dataset import DatasetError, open_dataset
+from mmrlhf_jax.data.dataset import DatasetError
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.mixture import MixtureError, open_mixture
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 

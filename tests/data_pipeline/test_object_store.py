@@ -18,7 +18,8 @@ from etils import epath
 from mmrlhf_jax import storage
 from mmrlhf_jax.data import dataset as dataset_module
 from mmrlhf_jax.data.annotations import AnnotationError, AnnotationStore, find
-from mmrlhf_jax.data.dataset import DatasetError, open_dataset
+from mmrlhf_jax.data.dataset import DatasetError
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.prepare import PrepareError, PrepareOptions, prepare
 from mmrlhf_jax.storage import StorageError
 
@@ -188,7 +189,7 @@ def test_a_disk_too_small_is_said_before_copying(options: Any, monkeypatch: pyte
 
 READER = """
 import sys
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 sys.stdin.readline()
 data = open_dataset(sys.argv[1])
 print(sum(len(media.encoded) for i in range(len(data)) for media in data.with_media(i).media))
@@ -198,7 +199,7 @@ WRITER = """
 import sys
 import numpy as np
 from mmrlhf_jax.data.annotations import AnnotationStore
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 data = open_dataset(sys.argv[1])
 store = AnnotationStore.open(data.path, "reference", {"model": "m1"})
 for r in range(int(sys.argv[2]), len(data), 2):

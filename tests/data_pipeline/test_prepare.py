@@ -15,7 +15,8 @@ from data_samples import SHARED, WordCounter, picture, row, write_media, write_r
 
 from mmrlhf_jax.data import dataset as dataset_module
 from mmrlhf_jax.data import prepare as prepare_module
-from mmrlhf_jax.data.dataset import DatasetError, open_dataset
+from mmrlhf_jax.data.dataset import DatasetError
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.prepare import PrepareError, PrepareOptions, prepare
 from mmrlhf_jax.data.report import Spread
 from mmrlhf_jax.data.sources.rows import SourceOptions

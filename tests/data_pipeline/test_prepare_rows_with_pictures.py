@@ -13,7 +13,8 @@ import pytest
 from data_samples import WordCounter, embedded, picture, row, write_media, write_parquet, write_rows
 
 from mmrlhf_jax.data import prepare as prepare_module
-from mmrlhf_jax.data.dataset import DatasetError, open_dataset
+from mmrlhf_jax.data.dataset import DatasetError
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.prepare import PrepareError, PrepareOptions, prepare
 from mmrlhf_jax.groups import Group, Pair
 

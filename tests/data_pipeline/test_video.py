@@ -18,7 +18,8 @@ from PIL import Image
 from small_world import ROOT, metrics
 
 from mmrlhf_jax.data import containers, video
-from mmrlhf_jax.data.dataset import DatasetError, open_dataset
+from mmrlhf_jax.data.dataset import DatasetError
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.media import MediaError, MediaRoot, decode, read_media, verify_media
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.groups import Media

@@ -6,11 +6,11 @@ import re
 import jax
 import numpy as np
 import pytest
-from small_world import ROOT, metrics, run, run_processes
+from small_world import ROOT, metrics, run, run_hosts
 from tiny import TINY
 
 from mmrlhf_jax.data.annotations import find
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.nn import params as nn_params
@@ -47,7 +47,7 @@ def train(world, name):
     if processes == 1:
         run(*arguments, devices=devices)
     else:
-        printed = run_processes(*arguments, processes=processes, devices=devices)
+        printed = run_hosts(*arguments, processes=processes, devices=devices)
         assert ["done: 3 steps" in text for text in printed] == [True] + [False] * (processes - 1)  # one speaks
     return output
 
@@ -75,7 +75,7 @@ def test_hosts_share_the_work_of_annotating(small_world):
     """Two hosts store every row once, with the log-probs one host finds."""
     arguments = ("annotate", "--dataset", small_world.dataset, "--model", small_world.model, "--with", "reference",
                  "--dtype", "float32", "--rows-per-part", 2)  # fmt: skip
-    printed = run_processes(*arguments, "--multiple", 64, "--mesh.tensor", 2, processes=2, devices=2)
+    printed = run_hosts(*arguments, "--multiple", 64, "--mesh.tensor", 2, processes=2, devices=2)
     assert f"{small_world.groups} groups scored" in printed[0]
     dataset = open_dataset(small_world.dataset)
     (store,) = find(small_world.dataset, "reference")

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from small_world import ROOT, command, environment, metrics, run, run_processes, start_processes
+from small_world import ROOT, command, environment, metrics, run, run_hosts, start_hosts, wait_for_hosts
 
 from mmrlhf_jax.models.llava_onevision.config import read_config
 from mmrlhf_jax.models.llava_onevision.model import declare
@@ -101,28 +101,22 @@ def test_a_run_goes_on_with_other_devices(small_world, undisturbed):
         np.testing.assert_allclose(got[name], expected[name], atol=2e-4, err_msg=name)
 
 
-def kill_all(processes):
-    for process in processes:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+def wait_for_step(hosts, output, step):
+    while lines(output) < step:
+        assert all(host.process.poll() is None for host in hosts), [host.printed() for host in hosts]
+        time.sleep(0.01)
 
 
 def test_a_run_moves_between_hosts_devices_and_meshes(small_world, undisturbed):
     """Two hosts whose machines die, then one with four devices, then two hosts again, split otherwise."""
     output = small_world.directory / "law-6-hosts"
-    started = start_processes(
-        "train", *arguments(small_world, output), "--mesh.data", 2, processes=2, devices=2
-    )  # fmt: skip
-    while lines(output) < 8:
-        assert all(process.poll() is None for process in started), "the run ended before it could be killed"
-        time.sleep(0.01)
-    kill_all(started)
+    hosts = start_hosts("train", *arguments(small_world, output), "--mesh.data", 2, processes=2, devices=2)
+    wait_for_step(hosts, output, 8)
+    for host in hosts:
+        os.killpg(host.process.pid, signal.SIGKILL)
+        host.process.wait()
     start_and_kill(small_world, output, step=16, delay=0, devices=4)
-    run_processes(
-        "train", *arguments(small_world, output), "--mesh.fsdp", 1, "--mesh.tensor", 2, processes=2, devices=1
-    )  # fmt: skip
+    run_hosts("train", *arguments(small_world, output), "--mesh.fsdp", 1, "--mesh.tensor", 2, processes=2, devices=1)
     expected, got = final_params(small_world, undisturbed), final_params(small_world, output)
     for name in expected:
         np.testing.assert_allclose(got[name], expected[name], atol=2e-4, err_msg=name)
@@ -131,13 +125,10 @@ def test_a_run_moves_between_hosts_devices_and_meshes(small_world, undisturbed):
 
 def test_sigterm_on_one_host_stops_all_at_the_same_step(small_world):
     output = small_world.directory / "law-6-one-host"
-    started = start_processes("train", *arguments(small_world, output), processes=2, devices=1)
-    while not lines(output):
-        assert all(process.poll() is None for process in started)
-        time.sleep(0.01)
-    started[1].terminate()  # not the host that speaks
-    printed = [process.communicate(timeout=120)[0] for process in started]
-    assert [process.returncode for process in started] == [75, 75], printed
+    hosts = start_hosts("train", *arguments(small_world, output), processes=2, devices=1)
+    wait_for_step(hosts, output, 1)
+    hosts[1].process.terminate()  # not the host that speaks
+    assert wait_for_hosts(hosts) == [75, 75], [host.printed() for host in hosts]
     done = Checkpoints(output / "checkpoints").latest()
     assert done < STEPS
     assert metrics(output)[-1]["step"] == done

@@ -7,7 +7,7 @@ import pytest
 from small_world import ROOT, metrics, run
 
 from mmrlhf_jax.data.annotations import AnnotationStore, find
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions
 from mmrlhf_jax.training.recipe import read_recipe
 from mmrlhf_jax.training.train import train

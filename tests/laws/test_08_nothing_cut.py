@@ -9,7 +9,7 @@ from typing import Any
 
 from data_samples import WordCounter, picture, row, write_media, write_rows
 
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.groups import Response
 

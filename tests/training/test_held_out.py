@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_world import ROOT, metrics, run
 
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.groups import Group, Turn
 from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, Supervised
 from mmrlhf_jax.training.best import best_record, is_best, ran_out_of_patience

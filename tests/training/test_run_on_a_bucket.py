@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 from safetensors.numpy import load_file
-from small_world import ROOT, run, run_processes
+from small_world import ROOT, run, run_hosts
 
 from mmrlhf_jax.objectives import DPO
 from mmrlhf_jax.training.recipe import CheckpointConfig, EvaluationConfig, LogConfig, read_recipe
@@ -79,7 +79,7 @@ def test_two_hosts_that_share_only_a_bucket_make_one_run(small_world, gs, tmp_pa
         "train", ROOT / "configs" / "tiny.py", "--model", small_world.model, "--dataset", data, "--output",
         f"{gs}/run", "--reference", "online", "--data.max-steps", 4, "--data.max-buckets", 1, "--checkpoint.every", 2,
     )  # fmt: skip
-    printed = run_processes(*arguments, "--mesh.data", 2, processes=2, devices=1)
+    printed = run_hosts(*arguments, "--mesh.data", 2, processes=2, devices=1)
     assert f"done: 4 steps, checkpoint {gs}/run/checkpoints/4" in printed[0]
     there = RunDirectory.at(f"{gs}/run")
     assert [record["step"] for record in read_lines(there.metrics)] == [1, 2, 3, 4]

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 from small_world import ROOT, metrics, run
 
 from mmrlhf_jax.command import UsageError
-from mmrlhf_jax.data.dataset import open_dataset
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.pipeline import MissingMargin, check_margins
 from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, Supervised
 from mmrlhf_jax.training.recipe import LogConfig, PartRates, differences, flatten, read_recipe

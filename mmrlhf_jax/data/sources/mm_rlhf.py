@@ -1,8 +1,8 @@
 """MM-RLHF's `dpo_pairs.jsonl` and `mm_reward_bench.jsonl`: one pair a row, several rows a query.
 
-Columns read: `id`, `image` (path or list) or `video` (directory of frames) or neither, `prompt`, `chosen`,
-`rejected`, optional `chosen_reason`, `rejected_reason`, `is_tie`, and the margin column the user names. Rows of the
-same id, prompt and media are one group; the same text is the same response.
+Columns read: `id`, `image` (path or list) or `video` (a directory of frames, or a file) or neither, `prompt`,
+`chosen`, `rejected`, optional `chosen_reason`, `rejected_reason`, `is_tie`, and the margin column the user names. Rows
+of the same id, prompt and media are one group; the same text is the same response.
 """
 
 from __future__ import annotations
