@@ -20,7 +20,7 @@ from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_renderer
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.data import REFERENCE, reference_key
-from mmrlhf_jax.training.distributed import join_processes, say
+from mmrlhf_jax.training.distributed import is_speaker, join_processes, say, wait_for_all
 from mmrlhf_jax.training.model import load_model, model_fingerprint
 from mmrlhf_jax.training.recipe import INFERENCE
 from mmrlhf_jax.training.runtime import set_up_jax
@@ -65,6 +65,9 @@ def main() -> None:
     key = reference_key(model_fingerprint(model.config, model.params), renderer, arguments.dtype)
     for part, row_of in dataset.parts():
         rows = set(row_of.values())
+        if is_speaker():
+            AnnotationStore.open(part.path, REFERENCE, key)  # creates it: once
+        wait_for_all("the store is there")
         store = AnnotationStore.open(part.path, REFERENCE, key)
         written = write_reference_logps(part, rows, renderer, model, store, mesh, compute, arguments.score)
         done = "done already" if not written else f"{written} groups scored"

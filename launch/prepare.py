@@ -41,7 +41,7 @@ class Arguments:
     media: str | None = None
     """Root of all picture and video paths; paths that leave it are refused. Pictures that stand in rows need none."""
     model: str | None = None
-    """Model directory whose renderer measures lengths."""
+    """Measure lengths with this model's tokenizer and picture layout: a Hugging Face directory, a hub id, or a RUN."""
     map: tuple[str, ...] = ()
     """TARGET=FIELD pairs: for --source mapped such as responses=answers rank=ranking;
     for --source sharegpt columns and tags as in LLaMA-Factory's dataset_info.json, such as messages=chat."""
@@ -111,11 +111,12 @@ def _mapping(pairs: tuple[str, ...]) -> dict[str, str]:
     return mapping
 
 
-def _renderer(directory: str) -> Renderer:
+def _renderer(model: str) -> Renderer:
     # Only here: a renderer loads a tokenizer, which takes seconds.
     from mmrlhf_jax.models.llava_onevision.render import load_renderer
+    from mmrlhf_jax.training.model import assets_of
 
-    return load_renderer(directory)
+    return load_renderer(str(assets_of(model)))
 
 
 if __name__ == "__main__":

@@ -112,12 +112,12 @@ def start_hosts(program: str, *arguments: object, processes: int, devices: int) 
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    # collectives of one program that do not depend on each other may start in another order on each host, and on CPUs
-    # their first meeting blocks: two hosts can then wait for each other
+    # On CPUs a program's independent collectives may start in another order on each host and block the few threads
+    # there are, each waiting for another's partner. Accelerators start them in one order.
     in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-    folder = Path(tempfile.mkdtemp(prefix="hosts-"))
     here = environment(devices)
     here["XLA_FLAGS"] += f" {in_order}"
+    folder = Path(tempfile.mkdtemp(prefix="hosts-"))
     hosts = []
     for number in range(processes):
         with (folder / f"{number}.txt").open("w") as output:
@@ -148,7 +148,8 @@ def run_hosts(program: str, *arguments: object, processes: int, devices: int) ->
     hosts = start_hosts(program, *arguments, processes=processes, devices=devices)
     for number, code in enumerate(wait_for_hosts(hosts)):
         if code:
-            raise AssertionError(f"host {number} of {program} ended with {code}\n{hosts[number].printed()}")
+            printed = "\n\n".join(host.printed()[-4000:] for host in hosts)
+            raise AssertionError(f"host {number} of {program} ended with {code}\n{printed}")
     return [host.printed() for host in hosts]
 
 

@@ -30,6 +30,9 @@ def join_processes() -> None:
     """
     arguments = how_to_join(os.environ, tpu_devices=bool(glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")))
     if arguments is not None:
+        # CPUs alone run programs that do not depend on each other at once, and in another order on every host: their
+        # collectives would meet the wrong partners
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         jax.distributed.initialize(**arguments)
 
 
