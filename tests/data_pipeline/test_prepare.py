@@ -331,7 +331,7 @@ def test_the_data_side_starts_neither_jax_nor_tensorflow_nor_torch(options: Any)
     prepare(options(MIXED))
     code = (
         "import sys, mmrlhf_jax.data.prepare, mmrlhf_jax.data.annotations\n"
-        "from mmrlhf_jax.data.dataset import open_dataset\n"
+        "from mmrlhf_jax.data.datasets import open_dataset\n"
         "open_dataset(sys.argv[1]).with_media(0)\n"
         "print(*{'jax', 'flax', 'tensorflow', 'torch'} & set(sys.modules))"
     )
