@@ -10,10 +10,11 @@ import tyro
 from etils import epath
 
 from mmrlhf_jax.command import run_command
-from mmrlhf_jax.models.llava_onevision.adapter import save_adapter
+from mmrlhf_jax.models.llava_onevision.adapter import is_adapter_directory, save_adapter
+from mmrlhf_jax.models.llava_onevision.lmms_lab import is_original
 from mmrlhf_jax.models.llava_onevision.weights import RECORD, save_directory
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-from mmrlhf_jax.training.model import base_of, load_adapters, load_model, model_fingerprint, split_model
+from mmrlhf_jax.training.model import base_of, is_run, load_adapters, load_model, model_fingerprint, split_model
 from mmrlhf_jax.training.recipe import INFERENCE, PartRates
 from mmrlhf_jax.training.run import RunDirectory
 from mmrlhf_jax.training.runtime import set_up_jax
@@ -58,8 +59,22 @@ def _export_adapter(command: Export) -> None:
         raise ValueError(
             f"{command.model} has no adapter: it is no LoRA run. Leave out --adapter to export its weights"
         )
-    save_adapter(model.params, command.output, base=base_of(command.model))
+    base = base_of(command.model)
+    save_adapter(model.params, command.output, base=base)
     print(f"wrote the adapter {command.output}{_source(command.model, model.step)}")
+    if not _loads_in_peft(base):
+        print(
+            f"note: its base {base} is no Hugging Face directory in the llava-hf layout; for peft export that too and "
+            f"put the new directory into base_model_name_or_path of {command.output}/adapter_config.json"
+        )
+
+
+def _loads_in_peft(base: str) -> bool:
+    """Whether `base` is what transformers loads: a hub id, or a directory in the llava-hf layout."""
+    if is_run(split_model(base)[0]) or is_adapter_directory(base):
+        return False
+    config = epath.Path(base) / "config.json"
+    return not config.exists() or not is_original(json.loads(config.read_text()))
 
 
 def _source(model: str, step: int | None) -> str:

@@ -45,6 +45,7 @@ else
 fi
 
 program=$1 && shift
+[[ -f $(dirname "$0")/$program.py ]] || fail "launch/ has no program '$program'"
 command='' # a JSON list, hence YAML; $(X) would be a variable to Kubernetes
 for word in python "launch/$program.py" "$@"; do
   [[ $word != *[[:cntrl:]]* ]] || fail "an argument has control characters"

@@ -49,6 +49,7 @@ if [[ $source ]]; then
 fi
 (($#)) || exit 0
 program=$1 && shift
+[[ -f $(dirname "$0")/$program.py ]] || fail "launch/ has no program '$program'"
 printf -v arguments ' %q' "launch/$program.py" "$@"
 status=75
 while ((status == 75)); do

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 
-from etils import epath
-
-from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax import storage
+from mmrlhf_jax.data.dataset import DatasetError, PreparedDataset
 from mmrlhf_jax.data.mixture import MixedDataset, open_mixture
 
 Dataset = PreparedDataset | MixedDataset
@@ -20,4 +19,9 @@ def open_dataset(path: str | os.PathLike[str]) -> Dataset:
         MixtureError: the file describes no mixture.
     """
     name = os.fspath(path)
-    return open_mixture(name, PreparedDataset) if epath.Path(name).is_file() else PreparedDataset(name)
+    place = storage.to_path(name)
+    if not place.exists():
+        raise DatasetError(
+            f"{name} does not exist: a dataset is a directory made by launch/prepare.py, or a mixture file"
+        )
+    return open_mixture(name, PreparedDataset) if place.is_file() else PreparedDataset(name)

@@ -128,7 +128,9 @@ def read_mixture(path: str) -> tuple[int, tuple[Part, ...]]:
     try:
         raw = json.loads(epath.Path(path).read_text(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise MixtureError(f"{path} is not a mixture file: {error}") from error
+        raise MixtureError(
+            f"{path} is not a mixture file: {error} (rows become a dataset by launch/prepare.py)"
+        ) from error
     _check_keys(path, raw, needed=("parts",), known=("seed", "parts"))
     seed = raw.get("seed", 0)
     if not _is_whole(seed) or seed < 0:

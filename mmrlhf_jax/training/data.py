@@ -63,6 +63,7 @@ def measure_data(recipe: Recipe, dataset: Dataset, renderer: Renderer, *, held_o
     share = recipe.evaluation.share
     aside = list(range(len(groups))) if held_out else held_out_rows(groups, share, recipe.seed) if share else []
     train = sorted(set(range(len(groups))) - set(aside))
+    aside = sorted({groups[row]: row for row in reversed(aside)}.values())  # once, how often a mixture repeats it
     return Measured(dataset, renderer, groups, measure(groups, renderer), train, aside)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,9 @@ def join_processes() -> None:
         # CPUs alone run programs that do not depend on each other at once, and in another order on every host: their
         # collectives would meet the wrong partners
         jax.config.update("jax_cpu_enable_async_dispatch", False)
+        if "num_processes" in arguments:
+            count, number, address = (arguments[k] for k in ("num_processes", "process_id", "coordinator_address"))
+            print(f"process {number} of {count}, waiting for the others at {address}", file=sys.stderr, flush=True)
         jax.distributed.initialize(**arguments)
 
 

@@ -47,6 +47,12 @@ class RunDirectory:
     def exists(self) -> bool:
         return self.recipe.exists()
 
+    def has_begun(self) -> bool:
+        """Whether there is work in it: a run that failed before its first checkpoint may be started anew."""
+        return self.complete.exists() or (
+            self.checkpoints.exists() and any(step.name.isdigit() for step in self.checkpoints.iterdir())
+        )
+
 
 def write_text(path: epath.Path, text: str) -> None:
     """A reader sees no file or all of it."""

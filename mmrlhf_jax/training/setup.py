@@ -40,12 +40,17 @@ def check_resumable(run: RunDirectory, recipe: Recipe) -> None:
     whose recipe differs where it matters."""
     if missing := [name for name in ("model", "dataset") if not getattr(recipe, name)]:
         raise UsageError(f"the recipe names no {' and no '.join(missing)}: add --{' ... --'.join(missing)} ...")
-    if run.exists():
-        if changed := recipes.differences(json.loads(run.recipe.read_text()), recipe):
+    if run.exists() and run.has_begun():
+        saved = json.loads(run.recipe.read_text())
+        changed = recipes.differences(saved, recipe)
+        if run.complete.exists():  # what a run to be resumed is held to by fingerprints, this one by name
+            now = recipes.flatten(recipe)
+            changed += [f"{n}: was {saved[n]!r}, now {now[n]!r}" for n in ("model", "dataset") if saved[n] != now[n]]
+        if changed:
             raise ValueError(
                 f"{run.path} holds a run of another recipe; use another --output, or undo:\n  " + "\n  ".join(changed)
             )
-    elif run.path.exists() and not run.model.exists() and any(run.path.iterdir()):
+    elif not run.exists() and run.path.exists() and not run.model.exists() and any(run.path.iterdir()):
         raise ValueError(f"{run.path} exists and is no run; use another --output")
 
 
@@ -54,7 +59,7 @@ def start_run(run: RunDirectory, recipe: Recipe, start: LoadedModel, fingerprint
 
     Returns on every process once it is all there.
     """
-    if run.exists():
+    if run.exists() and run.has_begun():
         began = json.loads(run.start.read_text())
         if changed := [name for name, value in fingerprints.items() if began.get(name) != value]:
             raise ValueError(
@@ -63,6 +68,9 @@ def start_run(run: RunDirectory, recipe: Recipe, start: LoadedModel, fingerprint
         return
     wait_for_all("every process has seen that the run is new")
     if is_speaker():
+        for stale in (run.recipe, run.metrics, run.evaluation):  # of a start that came to nothing
+            if stale.exists():
+                stale.unlink()
         copy_assets(start.assets, run.model)
         settings = dataclasses.asdict(recipe.lora) if recipe.lora.rank else None
         # a LoRA run keeps no copy of what it adapts, so it has to know where that is

@@ -103,12 +103,12 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     check_agreement("recipe, model or data", json.dumps([flatten(recipe), position]))
 
     # --- state: this run's latest checkpoint, else the starting model ------------------------------------------------
+    params = with_fresh_adapters(start, recipe.lora, mesh, recipe.sharding, recipe.seed) if lora else start.params
+    state, shardings = first_state(recipe, params, data.plan.steps, mesh)
     start_run(run, recipe, start, fingerprints)
     records: list[dict[str, Any]] = []
     best = _best_of(records, recipe.evaluation.metric)
     checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint, best=best)
-    params = with_fresh_adapters(start, recipe.lora, mesh, recipe.sharding, recipe.seed) if lora else start.params
-    state, shardings = first_state(recipe, params, data.plan.steps, mesh)
     del start, params
     state = resume(checkpoints, state, shardings, position, whole=not lora)
     first_step = int(state.step)

@@ -255,7 +255,7 @@ def test_copies_of_a_dataset_are_refused(mix: Any, home: Path, tmp_path: Path) -
 
 
 def test_no_path_at_all_is_no_dataset(home: Path) -> None:
-    with pytest.raises(DatasetError, match="is not a prepared dataset: make it with"):
+    with pytest.raises(DatasetError, match="does not exist: a dataset is a directory made by"):
         open_dataset(home / "nothing.json")
 
 

@@ -53,7 +53,7 @@ class Tools:
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": f"{self.directory}:{os.environ['PATH']}", "HOME": str(self.directory), **variables}
         command = ["bash", str(LAUNCH / script), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=self.directory, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=LAUNCH.parent, timeout=60)
 
 
 @pytest.fixture
@@ -157,6 +157,11 @@ def test_slurm_queues_an_interrupted_job_again_and_no_other(tools: Tools, code: 
     assert [c["arguments"] for c in tools.calls("scontrol")] == ([["requeue", "7"]] if code == 75 else [])
 
 
+def test_slurm_takes_the_dashes_that_the_other_starters_need(tools: Tools) -> None:
+    plain, dashed = (tools.run("slurm.sbatch", "--dry-run", *more, *PROGRAM).stdout for more in ((), ("--",)))
+    assert plain == dashed
+
+
 def test_slurm_shows_what_it_would_run(tools: Tools) -> None:
     shown = tools.run("slurm.sbatch", "--dry-run", *PROGRAM)
     first, _, last = shown.stdout.splitlines()
@@ -228,6 +233,7 @@ def test_gke_starts_an_interrupted_set_again_without_counting(tools: Tools) -> N
         ("tpu_pod.sh", POD, "give -- PROGRAM"),
         ("tpu_pod.sh", [*POD, "train"], "unknown flag train; put the program after --"),
         ("tpu_pod.sh", ["--name"], "--name needs a value"),
+        ("slurm.sbatch", ["--dry-run", "trian"], "no program 'trian' of launch/ here"),
         ("slurm.sbatch", ["--dry-run"], "usage: sbatch"),
         ("gke.sh", [*SET, "--", "train"], "give --tpu TYPE:TOPOLOGY, or --gpu TYPE:COUNT and --hosts N"),
         ("gke.sh", [*SET, "--tpu", "t:2x2", "--hosts", "3", "--", "train"], "give --tpu"),

@@ -132,6 +132,15 @@ def test_a_prompt_never_stands_on_both_sides():
     assert held_out_rows(groups, 0.3, 1) != aside
 
 
+def test_a_row_that_a_mixture_repeats_is_evaluated_once(small_world, tmp_path):
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(json.dumps({"parts": [{"dataset": small_world.dataset, "weight": 3.0}]}))
+    data = dataclasses.replace(recipe(small_world).data, max_steps=1)
+    train(recipe(small_world, dataset=str(mixture), data=data), tmp_path / "run")
+    aside = held_out_rows(list(open_dataset(small_world.dataset).groups()), 0.4, 0)
+    assert {record["groups"] for record in evaluations(tmp_path / "run")} == {len(aside)}
+
+
 def test_a_share_that_leaves_a_side_empty_is_refused():
     groups = [Group("0", (Turn("user", "?"),), (), (), (), ())]
     with pytest.raises(ValueError, match=r"sets \d of 1 groups aside: choose a share that leaves groups on both sides"):

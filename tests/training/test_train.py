@@ -137,6 +137,31 @@ def test_a_directory_with_something_else_is_left_alone(small_world, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_complete_run_is_not_taken_for_one_on_other_data(small_world, tmp_path):
+    done = recipe(small_world)
+    train(done, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"holds a run of another recipe.*\n  dataset: was '.*', now 'elsewhere'"):
+        train(dataclasses.replace(done, dataset="elsewhere"), tmp_path / "run")
+
+
+def test_a_start_that_came_to_nothing_leaves_the_directory_free(small_world, tmp_path, monkeypatch):
+    """A run that stopped before its first checkpoint may be started again with another recipe."""
+    from mmrlhf_jax.training import train as module
+
+    def broken(*_, **__):
+        raise RuntimeError("no device left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "make_accumulate", broken)
+        with pytest.raises(RuntimeError, match="no device left"):
+            train(recipe(small_world), tmp_path / "run")
+    assert (tmp_path / "run" / "recipe.json").exists()
+    corrected = dataclasses.replace(recipe(small_world), seed=1)
+    train(corrected, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").rglob("*.py")), ids=lambda p: p.stem)
 def test_every_recipe_reads_and_states_its_command_and_hardware(file):
     found = read_recipe(file)

@@ -58,7 +58,11 @@ def resolve(model: str) -> epath.Path:
         raise FileNotFoundError(f"{model}: no such directory (and not a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
 
-    return epath.Path(snapshot_download(model, allow_patterns=["*.safetensors", INDEX, *ASSETS]))
+    try:
+        return epath.Path(snapshot_download(model, allow_patterns=["*.safetensors", INDEX, *ASSETS]))
+    except Exception as error:  # the client's own errors, and those of three network libraries
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FileNotFoundError(f"{model}: no such directory, and no hub id that can be fetched ({reason})") from error
 
 
 def stored_dtypes(directory: epath.PathLike, declared: LlavaOnevision) -> dict[str, str]:
