@@ -53,7 +53,9 @@ class Tools:
     def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {"PATH": f"{self.directory}:{os.environ['PATH']}", "HOME": str(self.directory), **variables}
         command = ["bash", str(LAUNCH / script), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=LAUNCH.parent, timeout=60)
+        # sbatch runs a copy of its script where the job was submitted
+        here = LAUNCH.parent if script == "slurm.sbatch" else self.directory
+        return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here, timeout=60)
 
 
 @pytest.fixture
