@@ -195,10 +195,6 @@ def _loop(run: Session, state: TrainState) -> int:
     """Trains from the state's step to the end of the plan, or until held-out groups stop getting better; returns the
     number of steps done."""
     recipe, steps, first_step = run.recipe, run.plan.steps, int(state.step)
-    if first_step == 0 and not run.records:
-        _evaluate(run, state)
-    elif _enough(run):
-        return first_step
     schedule, agreed_stop = learning_rate(recipe.optimizer, steps), AgreedStop(run.mesh)
     key_of = jax.jit(
         lambda step: jax.random.fold_in(jax.random.key(recipe.seed), step), out_shardings=replicated(run.mesh)
@@ -211,6 +207,11 @@ def _loop(run: Session, state: TrainState) -> int:
         return memory_advice(recipe, *running, run.mesh)
 
     with explain_memory(advice), stop_signals() as stop:
+        if first_step == 0 and not run.records:
+            _evaluate(run, state)
+            clock.lap()  # no step's time
+        elif _enough(run):
+            return first_step
         for micro, host_batch in clock.waiting(batches):
             done = micro.step + 1
             running = (done, run.buckets[micro.bucket])
