@@ -2,6 +2,7 @@
 a sharded parameter."""
 
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -74,24 +75,24 @@ def test_many_devices_train_as_one(small_world, on_one_device, layout):
 
 
 @pytest.mark.slow
-def test_hosts_share_the_work_of_annotating(small_world):
+def test_hosts_share_the_work_of_annotating(small_world, tmp_path):
     """Two hosts store every row once, with the log-probs one host finds."""
-    arguments = ("annotate", "--dataset", small_world.dataset, "--model", small_world.model, "--with", "reference",
-                 "--dtype", "float32", "--rows-per-part", 2)  # fmt: skip
-    printed = run_hosts(*arguments, "--multiple", 64, "--mesh.tensor", 2, processes=2, devices=2)
-    assert f"{small_world.groups} groups scored" in printed[0]
-    dataset = open_dataset(small_world.dataset)
-    (store,) = find(small_world.dataset, "reference")
-    together = store.read(dataset)
-    for part in store.directory.iterdir():
-        part.unlink()
-    store.directory.rmdir()
-    run(*arguments)
-    (store,) = find(small_world.dataset, "reference")
-    alone = store.read(dataset)
-    assert together.keys() == alone.keys() == set(range(small_world.groups))
-    for row, arrays in alone.items():
-        np.testing.assert_allclose(together[row]["logp"], arrays["logp"], atol=2e-5)
+    stored = {}
+    for hosts in (1, 2):
+        data = shutil.copytree(small_world.dataset, tmp_path / str(hosts), ignore=shutil.ignore_patterns("annotations"))
+        arguments = ("annotate", "--dataset", data, "--model", small_world.model, "--with", "reference",
+                     "--dtype", "float32", "--rows-per-part", 2)  # fmt: skip
+        if hosts == 1:
+            run(*arguments)
+        else:
+            mesh = ("--mesh.data", 2, "--mesh.fsdp", 1, "--mesh.tensor", 2)
+            printed = run_hosts(*arguments, *mesh, processes=2, devices=2)
+            assert f"{small_world.groups} groups scored" in printed[0]
+        (store,) = find(data, "reference")
+        stored[hosts] = store.read(open_dataset(data))
+    assert stored[2].keys() == stored[1].keys() == set(range(small_world.groups))
+    for row, arrays in stored[1].items():
+        np.testing.assert_allclose(stored[2][row]["logp"], arrays["logp"], atol=2e-5)
 
 
 def test_each_device_holds_its_share_from_the_moment_of_loading(small_world):
