@@ -18,6 +18,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # helpers such as test
 import pytest  # noqa: E402 - jax reads the environment when a test imports it
 
 
+@pytest.fixture(autouse=True)
+def _default_precision():
+    """A run in fp32 asks the whole process for exact products, which a later test's bf16 kernels cannot compile."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_default_matmul_precision", None)
+
+
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory):
     from small_world import make_small_world
