@@ -71,6 +71,8 @@ def start_run(run: RunDirectory, recipe: Recipe, start: LoadedModel, fingerprint
         for stale in (run.recipe, run.metrics, run.evaluation):  # of a start that came to nothing
             if stale.exists():
                 stale.unlink()
+        if run.model.exists():
+            run.model.rmtree()  # another model's template or tokenizer must not stand beside this one's
         copy_assets(start.assets, run.model)
         settings = dataclasses.asdict(recipe.lora) if recipe.lora.rank else None
         # a LoRA run keeps no copy of what it adapts, so it has to know where that is

@@ -156,9 +156,11 @@ def test_a_start_that_came_to_nothing_leaves_the_directory_free(small_world, tmp
         with pytest.raises(RuntimeError, match="no device left"):
             train(recipe(small_world), tmp_path / "run")
     assert (tmp_path / "run" / "recipe.json").exists()
+    (tmp_path / "run" / "model" / "chat_template.json").write_text("{}")  # as another model might have had
     corrected = dataclasses.replace(recipe(small_world), seed=1)
     train(corrected, tmp_path / "run")
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["seed"] == 1
+    assert not (tmp_path / "run" / "model" / "chat_template.json").exists()
     assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2]
 
 
