@@ -10,6 +10,7 @@ import tyro
 from etils import epath
 
 from mmrlhf_jax.command import run_command
+from mmrlhf_jax.models.families import is_reward, keys_of
 from mmrlhf_jax.models.llava_onevision.adapter import is_adapter_directory, save_adapter
 from mmrlhf_jax.models.llava_onevision.lmms_lab import is_original
 from mmrlhf_jax.models.llava_onevision.weights import RECORD, save_directory
@@ -22,7 +23,8 @@ from mmrlhf_jax.training.runtime import set_up_jax
 
 @dataclass(frozen=True)
 class Export:
-    """Write a RUN (or any MODEL) as a Hugging Face directory that transformers, vLLM and lmms-eval load."""
+    """Write a RUN (or any MODEL) as a Hugging Face directory that transformers, vLLM and lmms-eval load; of a reward
+    model with its head (rm_head.*) and reward.json, which these programs leave unread."""
 
     model: Annotated[str, tyro.conf.Positional]
     """a RUN (RUN@best, RUN@STEP: another than its latest checkpoint), a Hugging Face directory or a hub id, in
@@ -42,14 +44,15 @@ def main() -> None:
     if command.adapter:
         _export_adapter(command)
         return
-    whole = PartRates(decoder=1.0, projector=1.0, tower=1.0)  # every value as it was trained, before rounding
+    whole = PartRates(decoder=1.0, projector=1.0, tower=1.0, head=1.0)  # every value as it was trained, before rounding
     model = load_model(command.model, make_mesh(MeshConfig()), ShardingRules(), rates=whole, dtype="float32")
     record = {"weights": model_fingerprint(model.config, model.params), "step": model.step, "dtype": command.dtype}
     written = epath.Path(command.output) / RECORD
     if written.exists() and json.loads(written.read_text()) == record:
         print(f"{command.output} is written already")
         return
-    save_directory(model.params, model.assets, command.output, command.dtype, record=record)
+    keys = keys_of(model.config)
+    save_directory(model.params, model.assets, command.output, command.dtype, record=record, keys=keys)
     print(f"wrote {command.output} ({command.dtype}){_source(command.model, model.step)}")
 
 
@@ -59,6 +62,8 @@ def _export_adapter(command: Export) -> None:
         raise ValueError(
             f"{command.model} has no adapter: it is no LoRA run. Leave out --adapter to export its weights"
         )
+    if is_reward(model.config):
+        raise ValueError(f"{command.model} is a reward model, whose head no PEFT directory holds: leave out --adapter")
     base = base_of(command.model)
     save_adapter(model.params, command.output, base=base)
     print(f"wrote the adapter {command.output}{_source(command.model, model.step)}")

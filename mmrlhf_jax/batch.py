@@ -24,17 +24,25 @@ EMPTY = -1  # in `GroupBatch.row`: a filler group
 class GroupBatch:
     """N rows of B groups (N = B, or 2 B in pairs mode); K responses a group, I tiles, P prompt and S response slots.
 
-    tiles             u8  [N, I, H, W, 3]  raw pixels, normalised on device
-    token             i32 [N, P+S]         prompt, padding, then the branches end to end
-    tap_index         i32 [N, P, 4]        rows of the projected features; the last row, I * tokens_per_tile, is the
-    newline tap_weight        f32 [N, P, 4]        all zero = a text token position          i32 [N, P+S]         every
-    branch restarts at the prompt's length branch            i32 [N, P+S]         -1 prompt, 0..K-1, K = padding
-    prompt_length     i32 [N] predictor         i32 [N, S]           which hidden state predicts this token loss_weight
-    f32 [N, S]           0 = not scored reference_logp    f32 [N, S]           zero where unknown branch_end        i32
-    [N, K / rows a group]  index into P+S of a branch's last token response_mask     bool [B, K]          which
-    responses exist pair_weight       f32 [B, K, K]        [i, j] > 0 iff i is preferred to j pair_margin       f32 [B,
-    K, K] rank, score       i32, f32 [B, K] row               i32 [B]              index into the dataset; EMPTY =
-    filler total_*           f32 []               of the whole optimizer step: what losses are divided by
+    tiles             u8   [N, I, H, W, 3]       raw pixels, normalised on device
+    token             i32  [N, P+S]              prompt, padding, then the branches end to end
+    tap_index         i32  [N, P, 4]             rows of the projected features; the last row, I * tokens_per_tile, is
+                                                 the newline
+    tap_weight        f32  [N, P, 4]             all zero = a text token
+    position          i32  [N, P+S]              every branch restarts at the prompt's length
+    branch            i32  [N, P+S]              -1 prompt, 0..K-1, K = padding
+    prompt_length     i32  [N]
+    predictor         i32  [N, S]                which hidden state predicts this token
+    loss_weight       f32  [N, S]                0 = not scored
+    reference_logp    f32  [N, S]                zero where unknown
+    branch_end        i32  [N, K / rows a group] index into P+S of a branch's last token, where a score is read
+    response_mask     bool [B, K]                which responses exist
+    pair_weight       f32  [B, K, K]             [i, j] > 0 iff i is preferred to j
+    pair_margin       f32  [B, K, K]
+    tie_weight        f32  [B, K, K]             [i, j] > 0 iff i and j are tied, i < j
+    rank, score       i32, f32 [B, K]
+    row               i32  [B]                   index into the dataset; EMPTY = filler
+    total_*           f32  []                    of the whole optimizer step: what losses are divided by
     """
 
     tiles: Any
@@ -51,6 +59,7 @@ class GroupBatch:
     response_mask: Any
     pair_weight: Any
     pair_margin: Any
+    tie_weight: Any
     rank: Any
     score: Any
     row: Any
@@ -58,23 +67,26 @@ class GroupBatch:
     total_chosen_tokens: Any
     total_tokens: Any
     total_groups: Any
+    total_ties: Any
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over one optimizer step: pair weights, wins x scored tokens, scored tokens, groups."""
+    """Sums over one optimizer step: pair weights, wins x scored tokens, scored tokens, groups, tie weights."""
 
     pairs: float
     chosen_tokens: float
     tokens: float
     groups: float
+    ties: float = 0.0
 
 
 @dataclass(frozen=True)
 class Entry:
     """One group ready to be packed: its arrays and what is known about its k responses.
 
-    pair_weight, pair_margin f32 [k, k]; rank i32 [k]; score f32 [k]; reference: per response f32 [R], or None.
+    pair_weight, pair_margin, tie_weight f32 [k, k] (ties None: there are none); rank i32 [k]; score f32 [k];
+    reference: per response f32 [R], or None.
     """
 
     row: int
@@ -84,6 +96,7 @@ class Entry:
     rank: np.ndarray
     score: np.ndarray
     reference: tuple[np.ndarray, ...] | None = None
+    tie_weight: np.ndarray | None = None
 
 
 def pack(
@@ -114,6 +127,8 @@ def pack(
         batch.response_mask[b, :k] = True
         batch.pair_weight[b, :k, :k] = entry.pair_weight
         batch.pair_margin[b, :k, :k] = entry.pair_margin
+        if entry.tie_weight is not None:
+            batch.tie_weight[b, :k, :k] = entry.tie_weight
         batch.rank[b, :k] = entry.rank
         batch.score[b, :k] = entry.score
         for i in range(rows_each):
@@ -142,6 +157,7 @@ def _blank(
         response_mask=np.zeros((groups, k), bool),
         pair_weight=np.zeros((groups, k, k), np.float32),
         pair_margin=np.zeros((groups, k, k), np.float32),
+        tie_weight=np.zeros((groups, k, k), np.float32),
         rank=np.zeros((groups, k), np.int32),
         score=np.zeros((groups, k), np.float32),
         row=np.full(groups, EMPTY, np.int32),
@@ -149,6 +165,7 @@ def _blank(
         total_chosen_tokens=np.float32(totals.chosen_tokens),
         total_tokens=np.float32(totals.tokens),
         total_groups=np.float32(totals.groups),
+        total_ties=np.float32(totals.ties),
     )
 
 

@@ -101,15 +101,16 @@ class Group:
         best, worst = self.responses[pair.chosen].score, self.responses[pair.rejected].score
         return None if best is None or worst is None else best - worst
 
-    def content_hash(self) -> str:
-        """sha256 of everything a log-probability depends on: prompt, pictures, response texts in order."""
+    def content_hash(self, *, reasons: bool = False) -> str:
+        """sha256 of everything a log-probability depends on: prompt, pictures, response texts in order; with `reasons`
+        those too, for what is computed with the human critiques in view."""
         prompt: list[list[Any]] = [[turn.role, turn.text] for turn in self.prompt]
         if (counts := self.media_before()) != self._media_first():
             prompt = [[*turn, count] for turn, count in zip(prompt, counts, strict=True)]
         content = {
             "prompt": prompt,
             "media": [[media.kind, media.sha256] for media in self.media],
-            "responses": [response.text for response in self.responses],
+            "responses": [[r.text, r.reason] if reasons else r.text for r in self.responses],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -141,11 +142,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """What a group costs on a device: picture tiles, prompt tokens (pictures included), tokens of each response."""
+    """What a group costs on a device: picture tiles, prompt tokens (pictures included), tokens of each response, and
+    how many of those are scored (empty: all of them)."""
 
     tiles: int
     prompt: int
     responses: tuple[int, ...]
+    scored: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +181,9 @@ class Rendered:
 
     @property
     def lengths(self) -> Lengths:
-        return Lengths(len(self.tiles), len(self.prompt), tuple(len(branch.token) for branch in self.branches))
+        tokens = tuple(len(branch.token) for branch in self.branches)
+        scored = tuple(int(np.count_nonzero(branch.loss_weight)) for branch in self.branches)
+        return Lengths(len(self.tiles), len(self.prompt), tokens, () if scored == tokens else scored)
 
 
 @dataclass(frozen=True, order=True)

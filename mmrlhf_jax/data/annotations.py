@@ -16,7 +16,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from etils import epath
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax.groups import Group
 
 _KIND = re.compile(r"[a-z][a-z0-9_]*")
 _PART = re.compile(r"part-(\d+)-(\d+)\.npz")
@@ -104,8 +105,10 @@ class AnnotationStore:
         storage.write_whole(self.directory / name, buffer.getvalue())
         self._rows_of[name] = tuple(int(row) for row in rows)
 
-    def read(self, dataset: PreparedDataset) -> dict[int, dict[str, np.ndarray]]:
-        """All stored rows: row -> name -> array.
+    def read(
+        self, dataset: PreparedDataset, content: Callable[[Group], str] = Group.content_hash
+    ) -> dict[int, dict[str, np.ndarray]]:
+        """All stored rows: row -> name -> array. `content` is the hash of a group that its rows were written with.
 
         Raises:
             AnnotationError: a row's group has changed, a row is stored twice, or a part is damaged.
@@ -120,15 +123,17 @@ class AnnotationStore:
                     raise AnnotationError(f"{self.directory}: row {row} is stored twice; delete one of its parts")
                 stored[row] = {name: part[name][i] for name in names}
                 hash_of[row] = stamp.tobytes().hex()
-        self._check_content(dataset, hash_of)
+        self._check_content(dataset, hash_of, content)
         return stored
 
-    def _check_content(self, dataset: PreparedDataset, hash_of: Mapping[int, str]) -> None:
+    def _check_content(
+        self, dataset: PreparedDataset, hash_of: Mapping[int, str], content: Callable[[Group], str]
+    ) -> None:
         outside = [row for row in hash_of if not 0 <= row < len(dataset)]
         if outside:
             raise AnnotationError(f"{self.directory}: row {outside[0]} is not in {dataset.path}; delete the directory")
         for row, group in enumerate(dataset.groups()):
-            if row in hash_of and group.content_hash() != hash_of[row]:
+            if row in hash_of and content(group) != hash_of[row]:
                 raise AnnotationError(
                     f"{self.directory}: row {row} was computed for other content than {dataset.path} has now; "
                     "delete the directory and annotate again"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import grain
 import numpy as np
@@ -17,9 +17,10 @@ from absl import flags
 
 from mmrlhf_jax.batch import EMPTY, Entry, GroupBatch, Totals, pack
 from mmrlhf_jax.data.buckets import ItemLengths
-from mmrlhf_jax.data.datasets import Dataset
 from mmrlhf_jax.data.media import decode
 from mmrlhf_jax.data.plan import ItemWeights, MicroBatch, StepPlan
+from mmrlhf_jax.data.ranking import pairs_of
+from mmrlhf_jax.data.rewards import with_scores
 from mmrlhf_jax.groups import Bucket, Group, Lengths, Rendered, Renderer
 
 Pairing = Literal["groups", "pairs"]
@@ -58,6 +59,8 @@ class Selection:
     kept: Kept = "all"
     margins: bool = False
     """every pair must have a margin"""
+    critiques: bool = False
+    """responses with a reason are of use by themselves: their groups stay where there is no pair"""
 
 
 class MissingMargin(ValueError):
@@ -70,7 +73,7 @@ def select(
     """The items of a dataset, or of its `rows` only. Raises MissingMargin naming rows and cure, ValueError when nothing
     is left."""
     items: list[Item] = []
-    tiles, prompt, response, pairs, chosen_tokens, tokens = ([] for _ in range(6))
+    tiles, prompt, response, pairs, chosen_tokens, tokens, ties = ([] for _ in range(7))
     skipped = 0
     rows = range(len(groups)) if rows is None else rows
     if selection.margins:
@@ -81,27 +84,30 @@ def select(
         skipped += not found
         for item in found:
             weight = pair_weights(group, item, selection)
-            scored = np.array([length.responses[i] for i in item.responses])
+            slots = np.array([length.responses[i] for i in item.responses])
+            scored = np.array([(length.scored or length.responses)[i] for i in item.responses])
             items.append(item)
             tiles.append(length.tiles)
             prompt.append(length.prompt)
-            response.append(scored.max() if selection.pairing == "pairs" else scored.sum())
+            response.append(slots.max() if selection.pairing == "pairs" else slots.sum())
             pairs.append(weight.sum())
             chosen_tokens.append((weight.sum(1) * scored).sum())
             tokens.append(scored.sum())
+            ties.append(tie_weights(group, item, selection).sum())
     if not items:
         raise ValueError(f"none of {len(rows)} groups holds what this objective trains on")
     return Items(
         items=tuple(items),
         lengths=ItemLengths(*(np.array(x, np.int64) for x in (tiles, prompt, response))),
-        weights=ItemWeights(*(np.array(x, np.float64) for x in (pairs, chosen_tokens, tokens))),
+        weights=ItemWeights(*(np.array(x, np.float64) for x in (pairs, chosen_tokens, tokens, ties))),
         responses=max(len(item.responses) for item in items),
         skipped=skipped,
     )
 
 
 def _items_of(row: int, group: Group, selection: Selection) -> list[Item]:
-    if selection.preferences and not group.pairs:
+    of_use = bool(group.pairs) or (selection.critiques and any(r.reason is not None for r in group.responses))
+    if selection.preferences and not of_use:
         return []
     if selection.pairing == "pairs":
         return [Item(row, (pair.chosen, pair.rejected)) for pair in group.pairs]
@@ -122,6 +128,20 @@ def pair_weights(group: Group, item: Item, selection: Selection) -> np.ndarray:
     return weight
 
 
+def tie_weights(group: Group, item: Item, selection: Selection) -> np.ndarray:
+    """f32 [k, k] over the item's responses, [i, j] > 0 iff i and j are tied, i < j: 1 a tie, or shares of the group.
+
+    Equal ranks are a tie only where the pairs listed are those of the ranks, and there is one: between responses that
+    nobody compared they say nothing.
+    """
+    rank = [group.responses[i].rank for i in item.responses]
+    weight = np.triu(np.equal.outer(rank, rank), 1).astype(np.float32)
+    listed = {(pair.chosen, pair.rejected) for pair in group.pairs}
+    if not listed or listed != set(pairs_of([response.rank for response in group.responses])):
+        return np.zeros_like(weight)
+    return weight / max(1.0, weight.sum()) if selection.mean == "groups" else weight
+
+
 def check_margins(groups: Sequence[Group]) -> None:
     """Raises MissingMargin when a pair has neither a margin nor two scores."""
     bare = [
@@ -136,15 +156,28 @@ def check_margins(groups: Sequence[Group]) -> None:
         )
 
 
+class GroupSource(Protocol):
+    """What a loader reads: a dataset, or groups at hand. Picklable."""
+
+    @property
+    def path(self) -> str:
+        """What messages call it."""
+
+    def with_media(self, row: int) -> Group:
+        """A group with the encoded bytes of its pictures."""
+
+
 @dataclass(frozen=True)
 class Loader:
     """A picklable map from `MicroBatch` to the numpy `GroupBatch` of this process.
+
+    `scores` stand for those of the responses, by dataset row, where margins do not come from the dataset.
 
     `share` says which groups of a micro-batch are this process's, given how many there are; None: all of them.
     `reference` holds per-token reference log-probs by dataset row: f32 [tokens of all responses, end to end].
     """
 
-    dataset: Dataset
+    dataset: GroupSource
     renderer: Renderer
     items: tuple[Item, ...]
     buckets: tuple[Bucket, ...]
@@ -152,6 +185,7 @@ class Loader:
     responses: int
     reference: Mapping[int, np.ndarray] | None = None
     share: Callable[[int], list[int]] | None = None
+    scores: Mapping[int, Sequence[float]] | None = None
 
     def __call__(self, micro: MicroBatch) -> GroupBatch:
         bucket = self.buckets[micro.bucket]
@@ -170,6 +204,8 @@ class Loader:
     def entry(self, item: Item) -> Entry:
         """Reads, decodes and renders one item."""
         group = self.dataset.with_media(item.row)
+        if self.scores is not None:
+            group = with_scores(group, self.scores[item.row])
         whole = self.renderer.render(group, decode)
         taken = [group.responses[i] for i in item.responses]
         return Entry(
@@ -183,6 +219,7 @@ class Loader:
             ),
             pair_weight=pair_weights(group, item, self.selection),
             pair_margin=self._margins(group, item),
+            tie_weight=tie_weights(group, item, self.selection),
             rank=np.array([response.rank for response in taken], np.int32),
             score=np.array([response.score or 0.0 for response in taken], np.float32),
             reference=self._reference(item, whole),

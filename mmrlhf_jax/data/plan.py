@@ -37,6 +37,7 @@ class ItemWeights:
     pairs: np.ndarray
     chosen_tokens: np.ndarray
     tokens: np.ndarray
+    ties: np.ndarray
 
     def totals(self, items: Sequence[int]) -> Totals:
         chosen = np.asarray(items)
@@ -45,6 +46,7 @@ class ItemWeights:
             chosen_tokens=float(self.chosen_tokens[chosen].sum()),
             tokens=float(self.tokens[chosen].sum()),
             groups=float(len(chosen)),
+            ties=float(self.ties[chosen].sum()),
         )
 
 

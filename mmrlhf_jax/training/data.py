@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +17,11 @@ from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.datasets import Dataset
 from mmrlhf_jax.data.pipeline import Item, Items, Loader, Selection, measure, reading_plan, select
 from mmrlhf_jax.data.plan import StepPlan, plan_steps
+from mmrlhf_jax.data.rewards import stored_scores, with_scores
 from mmrlhf_jax.groups import Bucket, Group, Lengths, Renderer
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.nn.sharding import BatchShare
-from mmrlhf_jax.objectives import Supervised
+from mmrlhf_jax.objectives import CritiqueReward, Supervised
 from mmrlhf_jax.training.held_out import HeldOut, held_out_rows, with_totals
 from mmrlhf_jax.training.recipe import DataConfig, Recipe
 
@@ -41,6 +44,7 @@ def selection_of(recipe: Recipe) -> Selection:
         mean=recipe.data.mean,
         kept=recipe.data.responses,
         margins=recipe.objective.needs_margin,
+        critiques=isinstance(recipe.objective, CritiqueReward),
     )
 
 
@@ -54,17 +58,22 @@ class Measured:
     lengths: list[Lengths]
     train: list[int]
     held_out: list[int]
+    scores: Mapping[int, Sequence[float]] | None = None
+    """of every response, by row, where margins are those of a reward model"""
 
 
 def measure_data(recipe: Recipe, dataset: Dataset, renderer: Renderer, *, held_out: bool = False) -> Measured:
     """`held_out`: the whole dataset is. Raises ValueError where a group is too long for the model, or no group would be
     left on a side."""
-    groups = list(dataset.groups())
+    groups, scores = list(dataset.groups()), None
+    if recipe.margins != "data":
+        scores = stored_scores(dataset, recipe.margins, reward_command(dataset.path))
+        groups = [with_scores(group, scores[row]) for row, group in enumerate(groups)]
     share = recipe.evaluation.share
     aside = list(range(len(groups))) if held_out else held_out_rows(groups, share, recipe.seed) if share else []
     train = sorted(set(range(len(groups))) - set(aside))
     aside = sorted({groups[row]: row for row in reversed(aside)}.values())  # once, how often a mixture repeats it
-    return Measured(dataset, renderer, groups, measure(groups, renderer), train, aside)
+    return Measured(dataset, renderer, groups, measure(groups, renderer), train, aside, scores)
 
 
 def plan_data(recipe: Recipe, measured: Measured, config: LlavaOnevisionConfig, share: BatchShare) -> RunData:
@@ -104,6 +113,7 @@ def _loader(measured: Measured, items: Items, buckets: BucketPlan, selection: Se
         selection=selection,
         responses=items.responses,
         share=share.rows,
+        scores=measured.scores,
     )
 
 
@@ -139,6 +149,16 @@ def describe(data: RunData, attention: Callable[[Bucket], str]) -> list[str]:
     ]
 
 
+def reward_command(dataset: str) -> str:
+    """The command that stores rewards beside `dataset`; the reward model is the user's to name."""
+    return f"python launch/annotate.py --dataset {shlex.quote(dataset)} --model REWARD_MODEL --with reward"
+
+
+def scores_fingerprint(scores: Mapping[int, Sequence[float]]) -> str:
+    """Names the scores that margins are made of."""
+    return hashlib.sha256(json.dumps(sorted(scores.items())).encode()).hexdigest()
+
+
 def reference_key(model_fingerprint: str, renderer: Renderer, dtype: str) -> dict[str, str]:
     """Everything a stored log-prob depends on besides the group itself."""
     return {"model": model_fingerprint, "renderer": renderer.fingerprint, "dtype": dtype}
@@ -165,12 +185,14 @@ def annotate_command(recipe: Recipe, dataset: str) -> str:
     return "python launch/annotate.py " + shlex.join(flags)
 
 
-def with_reference(loader: Loader, recipe: Recipe, model_fingerprint: str, renderer: Renderer) -> Loader:
-    """The loader with the log-probs that launch/annotate.py stored, where the recipe reads them."""
+def with_reference(
+    loader: Loader, dataset: Dataset, recipe: Recipe, model_fingerprint: str, renderer: Renderer
+) -> Loader:
+    """The loader of `dataset` with the log-probs that launch/annotate.py stored, where the recipe reads them."""
     if not recipe.objective.needs_reference or recipe.reference != "stored":
         return loader
     key = reference_key(model_fingerprint, renderer, recipe.compute.dtype)
-    stored = stored_reference(loader.dataset, key, loader.items, annotate_command(recipe, loader.dataset.path))
+    stored = stored_reference(dataset, key, loader.items, annotate_command(recipe, dataset.path))
     return dataclasses.replace(loader, reference=stored)
 
 

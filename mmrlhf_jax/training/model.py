@@ -13,11 +13,14 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
+from mmrlhf_jax.models import families
+from mmrlhf_jax.models.critique_reward.config import SETTINGS
+from mmrlhf_jax.models.critique_reward.model import declare_head, with_head
+from mmrlhf_jax.models.families import declare, read_config
 from mmrlhf_jax.models.llava_onevision import weights
 from mmrlhf_jax.models.llava_onevision.adapter import is_adapter_directory, load_adapted, read_adapter_config
-from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.lmms_lab import assets_directory
-from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision, declare
 from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import ShardingRules
@@ -25,17 +28,20 @@ from mmrlhf_jax.storage import is_remote
 from mmrlhf_jax.training.best import best_step
 from mmrlhf_jax.training.recipe import INFERENCE, LoraConfig, PartRates
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory
-from mmrlhf_jax.training.state import partition, with_dtypes
+from mmrlhf_jax.training.state import partition, trains_with_lora, with_dtypes
 
 _CHECKPOINT = re.compile(r"(?P<run>.+)@(?P<step>best|\d+)")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A MODEL in memory; `assets` is the directory with its config, tokenizer and templates."""
+    """A MODEL in memory; `assets` is the directory with its config, tokenizer and templates.
+
+    A reward model has a CritiqueRewardConfig and CritiqueReward parameters, a policy a LlavaOnevision.
+    """
 
     config: LlavaOnevisionConfig
-    params: LlavaOnevision
+    params: Any
     assets: epath.Path
     step: int | None = None  # of the checkpoint, for a RUN
 
@@ -85,12 +91,12 @@ def load_model(
         return dataclasses.replace(loaded, params=lora.merge(loaded.params))
     name, which = split_model(model)
     assets = assets_of(model)
-    config = read_config(str(assets))
-    bare = declare(config)
+    config = read_config(assets)
+    bare, keys = declare(config), families.keys_of(config)
     if not is_run(name):
         directory = weights.resolve(name)  # the assets of lmms-lab's layout lie elsewhere
-        declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(directory, bare))
-        return LoadedModel(config, weights.load_params(directory, declared, config, mesh, rules), assets)
+        declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(directory, bare, keys))
+        return LoadedModel(config, weights.load_params(directory, declared, config, mesh, rules, keys), assets)
     checkpoints, step = _open(name, which)
     declared = with_dtypes(bare, rates, dtype or checkpoints.position(step)["dtypes"])
     params = checkpoints.params(step, nn_params.abstract(declared, mesh, rules))
@@ -114,14 +120,15 @@ def load_adapters(
         return None
     base = load_model(base_of(model), mesh, rules, rates=rates, dtype=dtype)
     settings = LoraConfig(**{**made_with, "targets": tuple(made_with["targets"])})
-    declared = lora.declare_adapted(declare(base.config), settings.targets, settings.rank, settings.alpha)
-    adapters, _ = partition(declared, lora.is_adapter)
+    config = read_config(assets_of(name))
+    declared = lora.declare_adapted(declare(config), settings.targets, settings.rank, settings.alpha)
+    stored, _ = partition(declared, trains_with_lora)
     checkpoints, step = _open(name, which)
-    restored = dict(nn_params.named_leaves(checkpoints.params(step, nn_params.abstract(adapters, mesh, rules))))
+    restored = dict(nn_params.named_leaves(checkpoints.params(step, nn_params.abstract(stored, mesh, rules))))
     checkpoints.close()
     kernels = dict(nn_params.named_leaves(base.params))
     params = nn_params.map_named(lambda at, _: restored[at] if at in restored else kernels[_bare(at)], declared)
-    return LoadedModel(base.config, params, RunDirectory.at(name).model, step)
+    return LoadedModel(config, params, RunDirectory.at(name).model, step)
 
 
 def base_of(model: str) -> str:
@@ -148,7 +155,25 @@ def _open(run: str, which: str | None) -> tuple[Checkpoints, int]:
     return checkpoints, step
 
 
-def model_fingerprint(config: LlavaOnevisionConfig, params: LlavaOnevision) -> str:
+def check_family(model: LoadedModel, name: str, *, reward: bool) -> LoadedModel:
+    """`model`, where it is of the kind asked for. Raises ValueError naming what it is and how to get the other."""
+    if families.is_reward(model.config) == reward:
+        return model
+    if reward:
+        raise ValueError(f"{name}: a policy; a reward model is asked for here (see configs/critique_reward_7b.py)")
+    raise ValueError(f"{name}: a reward model ({SETTINGS} or a released reward head); a policy is asked for here")
+
+
+def with_fresh_head(start: LoadedModel, head: str, mesh: Mesh, rules: ShardingRules, seed: int) -> LoadedModel:
+    """A policy under a new reward head; a reward model as it is."""
+    if families.is_reward(start.config):
+        return start
+    config = families.reward_config(start.config, head)
+    fresh = nn_params.initialise(declare_head(config), seed, mesh, rules)
+    return dataclasses.replace(start, config=config, params=with_head(start.params, fresh))
+
+
+def model_fingerprint(config: LlavaOnevisionConfig, params: Any) -> str:
     """Names a model's function: its configuration and its weights, however they are stored or sharded."""
     described = json.dumps(dataclasses.asdict(config), sort_keys=True)
     return f"{nn_params.fingerprint(params)}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"

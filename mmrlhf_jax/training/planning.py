@@ -15,15 +15,15 @@ from jax.sharding import Mesh
 
 from mmrlhf_jax.batch import GroupBatch, Totals, pack
 from mmrlhf_jax.groups import Bucket
+from mmrlhf_jax.models.families import declare
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
-from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.lora import declare_adapted
 from mmrlhf_jax.nn.remat import leaner
 from mmrlhf_jax.nn.sharding import BATCH_AXES, batch_sharding, replicated
-from mmrlhf_jax.training.recipe import INFERENCE, Recipe
+from mmrlhf_jax.training.recipe import Recipe
 from mmrlhf_jax.training.setup import compute_of
-from mmrlhf_jax.training.state import partition, trains, with_dtypes
+from mmrlhf_jax.training.state import loading_rates, partition, trains, with_dtypes
 from mmrlhf_jax.training.step import Sums, make_accumulate, metric_names
 
 
@@ -98,8 +98,8 @@ def memory_advice(recipe: Recipe, step: int, bucket: Bucket, mesh: Mesh) -> str:
 
 
 def _abstract_params(recipe: Recipe, config: LlavaOnevisionConfig, mesh: Mesh) -> tuple[Any, Any]:
-    adapts, rates = recipe.lora, recipe.optimizer.rates
-    declared = with_dtypes(declare(config), INFERENCE if adapts.rank else rates, recipe.compute.dtype)
+    adapts = recipe.lora
+    declared = with_dtypes(declare(config), loading_rates(recipe), recipe.compute.dtype)
     if adapts.rank:
         declared = declare_adapted(declared, adapts.targets, adapts.rank, adapts.alpha)
     return partition(nn_params.abstract(declared, mesh, recipe.sharding), trains(recipe))

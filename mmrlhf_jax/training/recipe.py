@@ -17,9 +17,18 @@ from mmrlhf_jax.models.llava_onevision.render import RenderOptions
 from mmrlhf_jax.nn.attention import Backend
 from mmrlhf_jax.nn.remat import RematRung
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules
-from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, MMDPOReleasedFactor, Supervised
+from mmrlhf_jax.objectives import (
+    DPO,
+    MMDPO,
+    CritiqueReward,
+    MMDPOReleasedBatch,
+    MMDPOReleasedFactor,
+    ScalarReward,
+    Supervised,
+)
 
-Objective = Supervised | DPO | MMDPO | MMDPOReleasedFactor | MMDPOReleasedBatch
+RewardObjective = CritiqueReward | ScalarReward
+Objective = Supervised | DPO | MMDPO | MMDPOReleasedFactor | MMDPOReleasedBatch | CritiqueReward | ScalarReward
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,11 @@ class PartRates:
     projector: float = 1.0
     """the projector and the newline embedding"""
     tower: float = 0.0
+    head: float = 1.0
+    """the score's head, of a reward model"""
 
 
-INFERENCE = PartRates(decoder=0.0, projector=0.0, tower=0.0)  # nothing trains: every part as it is stored
+INFERENCE = PartRates(decoder=0.0, projector=0.0, tower=0.0, head=0.0)  # nothing trains: every part as it is stored
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,17 @@ class LoraConfig:
     """the update is scaled by alpha / rank"""
     targets: tuple[str, ...] = ("decoder.layers.*_kernel", "projector.*_kernel")
     """glob patterns over the names of kernels; rates of decoder and projector apply to their adapters"""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Of a reward model that is trained; nothing here is read by other objectives."""
+
+    head: Literal["linear", "tanh"] = "linear"
+    """linear: one layer, as published; tanh: Linear-tanh-Linear, as released"""
+    template: str = ""
+    """a file with the critique's prompt ({question} and {answer} behind [Question]: and [LMM Response]:, ending in
+    [Evaluation]:); empty: the starting reward model's own, else the built-in one"""
 
 
 @dataclass(frozen=True)
@@ -146,10 +168,14 @@ class Recipe:
     reference: Literal["stored", "online", "lora_off"] = "stored"
     """stored: log-probs made by launch/annotate.py; online: a frozen copy of the starting model runs beside the
     policy; lora_off: the policy itself without its adapters, which costs no memory"""
+    margins: str = "data"
+    """where MM-DPO's margins come from. data: the dataset's own column or scores; reward: differences of the scores that
+    launch/annotate.py --with reward stored, or one such store by name (reward-0123456789abcdef) where there are several"""
     render: RenderOptions = field(default_factory=RenderOptions)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -160,16 +186,21 @@ class Recipe:
 
     def __post_init__(self) -> None:
         supervised = isinstance(self.objective, Supervised)
+        reward = isinstance(self.objective, RewardObjective)
         if not supervised and self.data.responses != "all":
             raise ValueError("data.responses = 'best' is for supervised fine-tuning; a preference needs both sides")
         if supervised and self.data.pairing == "pairs":
             raise ValueError("data.pairing = 'pairs' is for preference objectives; supervised fine-tuning has no pairs")
         if supervised and self.data.mean != "pairs":
             raise ValueError("data.mean = 'groups' weighs pairs; supervised fine-tuning is a mean over tokens")
-        if supervised and self.reference != "stored":
-            raise ValueError(
-                f"reference = {self.reference!r} costs a second forward that supervised fine-tuning never reads"
-            )
+        if (supervised or reward) and self.reference != "stored":
+            raise ValueError(f"reference = {self.reference!r} costs a second forward that this objective never reads")
+        if self.margins != "data" and not self.objective.needs_margin:
+            raise ValueError(f"margins = {self.margins!r}: {type(self.objective).__name__} reads no margins")
+        if self.reward != RewardConfig() and not reward:
+            raise ValueError("reward.* is for reward models: set objective to CritiqueReward or ScalarReward")
+        if self.reward.template and isinstance(self.objective, ScalarReward):
+            raise ValueError("reward.template is the prompt of a critique, which ScalarReward does without")
         if self.lora.rank < 0 or self.lora.alpha <= 0:
             raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
         if self.reference == "lora_off" and not self.lora.rank:
@@ -234,7 +265,9 @@ def as_json(recipe: Recipe) -> str:
 
 
 def differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Lines that say what a resumed run may not change, empty when it may go on."""
+    """Lines that say what a resumed run may not change, empty when it may go on. A run begun before a field existed ran
+    with that field's default."""
     now = json.loads(json.dumps(flatten(recipe)))
+    saved = {**json.loads(json.dumps(flatten(Recipe(objective=recipe.objective)))), **saved}
     names = [n for n in sorted({*saved, *now}) if not any(n == f or n.startswith(f + ".") for f in FREE_ON_RESUME)]
     return [f"{n}: was {saved.get(n)!r}, now {now.get(n)!r}" for n in names if saved.get(n) != now.get(n)]

@@ -9,25 +9,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 from jax.sharding import Mesh
 
 from mmrlhf_jax.command import UsageError
-from mmrlhf_jax.groups import Bucket
+from mmrlhf_jax.groups import Bucket, Renderer
+from mmrlhf_jax.models.critique_reward.config import RewardSettings
+from mmrlhf_jax.models.critique_reward.render import renderer_with, settings_for_training
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute
+from mmrlhf_jax.models.llava_onevision.render import load_renderer
 from mmrlhf_jax.models.llava_onevision.weights import copy_assets
 from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn.attention import choose_backend
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import replicated
+from mmrlhf_jax.objectives import CritiqueReward
 from mmrlhf_jax.training import recipe as recipes
 from mmrlhf_jax.training.distributed import is_speaker, say, wait_for_all
-from mmrlhf_jax.training.model import LoadedModel, absolute, load_model
-from mmrlhf_jax.training.recipe import INFERENCE, Recipe
+from mmrlhf_jax.training.model import LoadedModel, absolute, check_family, load_model, with_fresh_head
+from mmrlhf_jax.training.recipe import INFERENCE, Recipe, RewardObjective
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, abstract_of, write_text
 from mmrlhf_jax.training.state import (
     TrainState,
     combine,
+    loading_rates,
     make_optimizer,
     partition,
     state_shardings,
@@ -54,6 +60,33 @@ def check_resumable(run: RunDirectory, recipe: Recipe) -> None:
         raise ValueError(f"{run.path} exists and is no run; use another --output")
 
 
+def starting_model(recipe: Recipe, mesh: Mesh) -> LoadedModel:
+    """What `recipe` trains on from, parts that train in fp32; of a reward model that is new, under a fresh head.
+
+    Raises ValueError where a policy is trained and the model is none.
+    """
+    start = load_model(recipe.model, mesh, recipe.sharding, rates=loading_rates(recipe))
+    if not isinstance(recipe.objective, RewardObjective):
+        return check_family(start, recipe.model, reward=False)
+    return with_fresh_head(start, recipe.reward.head, mesh, recipe.sharding, recipe.seed)
+
+
+def reward_settings(recipe: Recipe, assets: epath.PathLike) -> RewardSettings | None:
+    """The reward.json of the run, given the assets it starts from; None where a policy is trained."""
+    if not isinstance(recipe.objective, RewardObjective):
+        return None
+    critique = isinstance(recipe.objective, CritiqueReward)
+    return settings_for_training(assets, recipe.reward.head, critique, recipe.reward.template)
+
+
+def renderer_of(recipe: Recipe, start: LoadedModel) -> Renderer:
+    """How groups are put before the model."""
+    settings = reward_settings(recipe, start.assets)
+    if settings is None:
+        return load_renderer(str(start.assets), recipe.render)
+    return renderer_with(settings, str(start.assets), recipe.render)
+
+
 def start_run(run: RunDirectory, recipe: Recipe, start: LoadedModel, fingerprints: Mapping[str, str]) -> None:
     """Writes what names the run, or checks that a resumed run still starts from the same model, data and rendering.
 
@@ -74,6 +107,8 @@ def start_run(run: RunDirectory, recipe: Recipe, start: LoadedModel, fingerprint
         if run.model.exists():
             run.model.rmtree()  # another model's template or tokenizer must not stand beside this one's
         copy_assets(start.assets, run.model)
+        if (reward := reward_settings(recipe, start.assets)) is not None:
+            reward.write(run.model)
         settings = dataclasses.asdict(recipe.lora) if recipe.lora.rank else None
         # a LoRA run keeps no copy of what it adapts, so it has to know where that is
         began = {**fingerprints, "base": absolute(recipe.model), "lora": settings}

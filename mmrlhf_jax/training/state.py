@@ -13,7 +13,7 @@ from flax import struct
 
 from mmrlhf_jax.nn.lora import is_adapter
 from mmrlhf_jax.nn.params import map_named
-from mmrlhf_jax.training.recipe import OptimizerConfig, PartRates, Recipe
+from mmrlhf_jax.training.recipe import INFERENCE, OptimizerConfig, PartRates, Recipe
 
 Tree = TypeVar("Tree")
 
@@ -35,8 +35,21 @@ def rate_of(name: str, rates: PartRates) -> float:
 
 
 def trains(recipe: Recipe) -> Callable[[str], bool]:
-    """Which parameters, by name, `recipe` moves: those with a rate; with LoRA only their adapters."""
-    return lambda name: rate_of(name, recipe.optimizer.rates) > 0 and (not recipe.lora.rank or is_adapter(name))
+    """Which parameters, by name, `recipe` moves: those with a rate; with LoRA only their adapters and a reward head."""
+    rates, lora = recipe.optimizer.rates, recipe.lora.rank > 0
+    return lambda name: rate_of(name, rates) > 0 and (not lora or trains_with_lora(name))
+
+
+def trains_with_lora(name: str) -> bool:
+    """Whether a LoRA run may move the parameter called `name`, and keeps it in its checkpoints: adapters, and a reward
+    model's head, which starts from nothing."""
+    return is_adapter(name) or name.startswith("head.")
+
+
+def loading_rates(recipe: Recipe) -> PartRates:
+    """The rates of the parts as `recipe` loads them: under adapters only a reward head trains itself."""
+    rates = recipe.optimizer.rates
+    return dataclasses.replace(INFERENCE, head=rates.head) if recipe.lora.rank else rates
 
 
 def with_dtypes(declared: Tree, rates: PartRates, frozen: Mapping[str, str] | str) -> Tree:

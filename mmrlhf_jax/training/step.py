@@ -14,11 +14,20 @@ import optax
 from flax import struct
 
 from mmrlhf_jax.batch import GroupBatch
+from mmrlhf_jax.models.critique_reward.model import scores, scores_and_logps
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute, branch_sums, response_logps
 from mmrlhf_jax.nn.sharding import constrain
-from mmrlhf_jax.objectives import PreferenceInputs, StepTotals, Supervised, SupervisedInputs
-from mmrlhf_jax.training.recipe import Objective
+from mmrlhf_jax.objectives import (
+    CritiqueReward,
+    PreferenceInputs,
+    RewardInputs,
+    ScalarReward,
+    StepTotals,
+    Supervised,
+    SupervisedInputs,
+)
+from mmrlhf_jax.training.recipe import Objective, RewardObjective
 from mmrlhf_jax.training.state import TrainState, combine
 
 
@@ -31,7 +40,8 @@ class Sums:
 
 
 class Seen(NamedTuple):
-    """Which groups a micro-batch held (i32 [B], -1 = filler) and whether their log-probs came out finite (bool [B])."""
+    """Which groups a micro-batch held (i32 [B], -1 = filler) and whether their log-probs and scores came out finite
+    (bool [B])."""
 
     row: jax.Array
     finite: jax.Array
@@ -49,18 +59,29 @@ def loss_and_metrics(
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Seen]]:
     """Loss f32 [] and metrics of one micro-batch; `reference` is a model tree, or None when the batch brings
     log-probs."""
-    logp, entropy = response_logps(params, config, batch, compute)
-    scored = batch.loss_weight != 0
-    logp = jnp.where(scored, logp, 0.0)  # padding may hold anything
     totals = StepTotals(
         pair_weight=batch.total_pairs,
         chosen_tokens=batch.total_chosen_tokens,
         tokens=batch.total_tokens,
         groups=batch.total_groups,
+        ties=batch.total_ties,
     )
+    if isinstance(objective, ScalarReward):
+        score = scores(params, config, batch, compute)
+        loss, metrics = objective(_reward_inputs(score, None, batch, totals))
+        return loss, ({"loss": loss, **metrics}, _seen(batch, _of_responses(score, batch)))
+    if isinstance(objective, CritiqueReward):
+        score, (logp, entropy) = scores_and_logps(params, config, batch, compute)
+    else:
+        logp, entropy = response_logps(params, config, batch, compute)
+    scored = batch.loss_weight != 0
+    logp = jnp.where(scored, logp, 0.0)  # padding may hold anything
     summed = branch_sums(batch.loss_weight * logp, batch)
     if isinstance(objective, Supervised):
         loss, metrics = objective(SupervisedInputs(logp, batch.loss_weight, totals))
+    elif isinstance(objective, CritiqueReward):
+        loss, metrics = objective(_reward_inputs(score, logp, batch, totals))
+        summed += _of_responses(score, batch)  # is finite where both are
     else:
         reference_logp = batch.reference_logp
         if reference is not None:
@@ -75,10 +96,34 @@ def loss_and_metrics(
             key=key,
         )
         loss, metrics = objective(inputs)
-    metrics = {"loss": loss, **metrics, "entropy": jnp.sum(jnp.where(scored, entropy, 0.0)) / batch.total_tokens}
-    finite = jnp.all(jnp.isfinite(summed), axis=-1)
+    entropy = jnp.sum(jnp.where(scored, entropy, 0.0)) / jnp.maximum(batch.total_tokens, 1.0)
+    return loss, ({"loss": loss, **metrics, "entropy": entropy}, _seen(batch, summed))
+
+
+def _reward_inputs(
+    score: jax.Array, logp: jax.Array | None, batch: GroupBatch, totals: StepTotals
+) -> RewardInputs:
+    """`logp` None: there is no critique."""
+    return RewardInputs(
+        score=score,
+        logp=jnp.zeros_like(batch.loss_weight) if logp is None else logp,
+        loss_weight=batch.loss_weight,
+        pair_weight=batch.pair_weight,
+        tie_weight=batch.tie_weight,
+        totals=totals,
+    )
+
+
+def _of_responses(score: jax.Array, batch: GroupBatch) -> jax.Array:
+    """Scores [B, K] where there is a response, 0 elsewhere."""
+    return jnp.where(batch.response_mask, score, 0.0)
+
+
+def _seen(batch: GroupBatch, values: jax.Array) -> Seen:
+    """`values` [B, K] of a group's responses say whether it came out finite."""
+    finite = jnp.all(jnp.isfinite(values), axis=-1)
     # whole on every device: each process names the rows of all of them
-    return loss, (metrics, Seen(constrain(batch.row), constrain(finite)))
+    return Seen(constrain(batch.row), constrain(finite))
 
 
 def make_accumulate(
@@ -103,12 +148,15 @@ def metric_names(objective: Objective) -> tuple[str, ...]:
 
     def metrics() -> dict[str, jax.Array]:
         one, row, pair = jnp.ones(()), jnp.ones((1, 2)), jnp.ones((1, 2, 2))
-        totals = StepTotals(one, one, one, one)
+        totals = StepTotals(one, one, one, one, one)
         if isinstance(objective, Supervised):
             return objective(SupervisedInputs(row, row, totals))[1]
+        if isinstance(objective, RewardObjective):
+            return objective(RewardInputs(row, row, row, pair, pair, totals))[1]
         return objective(PreferenceInputs(row, row, row, pair, pair, totals, jax.random.key(0)))[1]
 
-    return ("loss", *jax.eval_shape(metrics), "entropy")
+    names = ("loss", *jax.eval_shape(metrics))
+    return names if isinstance(objective, ScalarReward) else (*names, "entropy")
 
 
 def make_zero_sums(trainable: Any, metric_names: tuple[str, ...], *, sums_sharding: Any) -> jax.stages.Wrapped:

@@ -26,16 +26,22 @@ from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.pipeline import Loader, micro_batches
 from mmrlhf_jax.data.plan import StepPlan
 from mmrlhf_jax.groups import Bucket
-from mmrlhf_jax.models.llava_onevision.render import load_renderer
 from mmrlhf_jax.nn.sharding import batch_share, make_mesh, replicated
 from mmrlhf_jax.training.best import best_trained, is_best, ran_out_of_patience
-from mmrlhf_jax.training.data import describe, measure_data, plan_data, plan_held_out, with_reference
+from mmrlhf_jax.training.data import (
+    describe,
+    measure_data,
+    plan_data,
+    plan_held_out,
+    scores_fingerprint,
+    with_reference,
+)
 from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, say
 from mmrlhf_jax.training.held_out import check_metric, make_evaluate
 from mmrlhf_jax.training.metrics import Clock, MetricsLog, check_log, open_log
-from mmrlhf_jax.training.model import load_model, model_fingerprint, with_fresh_adapters
+from mmrlhf_jax.training.model import model_fingerprint, with_fresh_adapters
 from mmrlhf_jax.training.planning import memory_advice
-from mmrlhf_jax.training.recipe import INFERENCE, Recipe, flatten
+from mmrlhf_jax.training.recipe import Recipe, flatten
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, read_lines, write_text
 from mmrlhf_jax.training.runtime import Profiler, explain_memory, parse_profile, set_up_jax, stop_signals, to_devices
 from mmrlhf_jax.training.setup import (
@@ -44,8 +50,10 @@ from mmrlhf_jax.training.setup import (
     compute_of,
     first_state,
     reference_source,
+    renderer_of,
     resume,
     start_run,
+    starting_model,
 )
 from mmrlhf_jax.training.state import TrainState, learning_rate, make_optimizer
 from mmrlhf_jax.training.step import Seen, Sums, make_accumulate, make_apply, make_zero_sums, metric_names
@@ -77,10 +85,10 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     kind = jax.devices()[0].device_kind
     say(f"{mesh.size} devices ({kind}) of {jax.process_count()} processes, mesh {dict(mesh.shape)}")
     lora = recipe.lora.rank > 0
-    start = load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE if lora else recipe.optimizer.rates)
+    start = starting_model(recipe, mesh)
 
     # --- data --------------------------------------------------------------------------------------------------------
-    renderer = load_renderer(str(start.assets), recipe.render)
+    renderer = renderer_of(recipe, start)
     measured = measure_data(recipe, open_dataset(recipe.dataset), renderer)
     config, compute = start.config, compute_of(recipe, mesh)
     data = plan_data(recipe, measured, config, share)
@@ -89,15 +97,16 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
         "model": model_fingerprint(config, start.params),
         "dataset": measured.dataset.fingerprint,
         "renderer": renderer.fingerprint,
+        **({} if measured.scores is None else {"margins": scores_fingerprint(measured.scores)}),
     }
-    loader = with_reference(data.loader, recipe, fingerprints["model"], renderer)
+    loader = with_reference(data.loader, measured.dataset, recipe, fingerprints["model"], renderer)
     held_out = None
     if recipe.evaluation.every:
         if recipe.evaluation.dataset:
             measured = measure_data(recipe, open_dataset(recipe.evaluation.dataset), renderer, held_out=True)
             fingerprints["evaluation"] = measured.dataset.fingerprint
         held_out = plan_held_out(recipe, measured, config, share)
-        watched = with_reference(held_out.loader, recipe, fingerprints["model"], renderer)
+        watched = with_reference(held_out.loader, measured.dataset, recipe, fingerprints["model"], renderer)
         held_out = dataclasses.replace(held_out, loader=watched)
     position = {"plan": data.plan.fingerprint, **fingerprints}
     check_agreement("recipe, model or data", json.dumps([flatten(recipe), position]))

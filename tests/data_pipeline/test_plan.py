@@ -24,7 +24,7 @@ def buckets(items, *, shards=1, max_buckets=6):
 def steps(items, plan, **changes):
     ones = np.ones(len(items))
     settings = {"groups_per_step": 32, "epochs": 2.0, "max_steps": None, "seed": 0, **changes}
-    return plan_steps(plan, ItemWeights(ones, ones, ones), **settings)
+    return plan_steps(plan, ItemWeights(ones, ones, ones, 0 * ones), **settings)
 
 
 @pytest.mark.parametrize("tiles", [38, 5000], ids=["pictures", "more tile counts than cells"])

@@ -32,6 +32,7 @@ TOKENIZER_FILES = (
     "merges.txt",
 )  # fmt: skip
 MEDIA_TOKENS = ("<image>", "<video>")
+SYSTEM = "You are a helpful assistant."
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 # What decides the function of the model, and all of it this implementation serves. "absent" means what the original
@@ -60,12 +61,12 @@ _SERVED: dict[str, tuple[Any, ...]] = {
 
 def assets_directory(model: epath.PathLike) -> epath.Path:
     """The directory of a model's config, tokenizer, template and processor: itself in the llava-hf layout, a derived
-    one for the original layout.
+    one for the original layout, with a reward.json where the model has the released reward head.
 
     The derived one depends on config.json, tokenizer and tensor shapes alone. It is a temporary directory of this
     process, since the model's own may be read-only, remote or shared by many hosts, and a cache would be one more
     thing to trust; whoever keeps a model (a run, an export) copies the files. Raises ValueError naming every setting
-    that is not served, and for a reward model.
+    that is not served.
     """
     directory = epath.Path(model)
     config = directory / "config.json"
@@ -92,15 +93,29 @@ def derive_assets(directory: epath.Path, raw: dict[str, Any], output: Path) -> N
     with SafetensorsDirectory(directory, canonical) as source:
         config = read_original(directory, raw, source, ids)
         dtype = source.dtype("image_newline") if "image_newline" in source.where else "float32"
+        reward = _reward_settings(directory, raw, source)
     tokenizer.save_pretrained(output)
     (output / "chat_template.jinja").write_text(fresh.CHAT_TEMPLATE)
     documents = {
         "config.json": fresh.hf_config(config, dtype),
         "processor_config.json": fresh.processor_config(config),
         "generation_config.json": fresh.generation_config(ids),
+        **({"reward.json": reward} if reward else {}),
     }
     for name, document in documents.items():
         (output / name).write_text(json.dumps(document, indent=2) + "\n")
+
+
+def _reward_settings(
+    directory: epath.Path, raw: dict[str, Any], source: SafetensorsDirectory
+) -> dict[str, Any] | None:
+    """reward.json (critique_reward/config.py) of MM-RLHF's released reward model, None of a policy. The template is not
+    in the directory, and the original code's system turn is part of what the model was trained on."""
+    if f"{REWARD_HEAD}dense.weight" not in source.where:
+        if raw.get("is_rm"):
+            raise ValueError(f"{directory}: config.json says is_rm, but {REWARD_HEAD}dense.weight is not there")
+        return None  # a stray tensor of another head is a surplus one, and named as such when weights are read
+    return {"head": "tanh", "critique": True, "template": None, "system": SYSTEM}
 
 
 def read_original(
@@ -108,11 +123,6 @@ def read_original(
 ) -> LlavaOnevisionConfig:
     """The configuration of an original directory; `ids` are the media tokens' in its extended tokenizer."""
     file = directory / "config.json"
-    if raw.get("is_rm") or any(name.startswith(REWARD_HEAD) for name in source.where):
-        raise ValueError(
-            f"{directory}: a reward model (is_rm in config.json, or {REWARD_HEAD}* among its tensors); a policy is "
-            "asked for here"
-        )
     aspect = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", str(raw.get("image_aspect_ratio")))
     problems = [
         f"{name} = {raw.get(name, _ABSENT)!r}, supported: {' or '.join(map(repr, served))}"

@@ -127,11 +127,13 @@ def hidden_states(
 def response_logps(
     params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
 ) -> TokenLogps:
-    """Log-probability f32 [N, S] of every response token given prompt and its own branch; padding holds garbage.
+    """Log-probability f32 [N, S] of every response token given prompt and its own branch; padding holds garbage."""
+    return logps_of(params, hidden_states(params, config, batch, compute), batch, compute)
 
-    Only response positions reach the unembedding: `predictor` gathers their hidden states first.
-    """
-    hidden = hidden_states(params, config, batch, compute)
+
+def logps_of(params: LlavaOnevision, hidden: jax.Array, batch: GroupBatch, compute: Compute) -> TokenLogps:
+    """`response_logps` from hidden states [N, P+S, D]. Only response positions reach the unembedding: `predictor`
+    gathers their hidden states first."""
     p = batch.tap_index.shape[1]
     picked = jnp.take_along_axis(hidden, batch.predictor[:, :, None], axis=1)
     with jax.named_scope("token_logps"):

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -99,7 +99,7 @@ class LlavaOnevisionRenderer:
         Raises ValueError, naming the group's origin, for a group that cannot be rendered; one that is merely too long
         for the decoder is measured.
         """
-        tiles, prompt, _, _ = self._prompt(group)
+        tiles, prompt, _, _ = self.with_pictures(group, self.prompt_ids(group))
         return Lengths(tiles, len(prompt), tuple(len(ids) for ids in self._responses(group)))
 
     def render(self, group: Group, decode: Decode) -> Rendered:
@@ -108,13 +108,20 @@ class LlavaOnevisionRenderer:
         Raises ValueError, naming the group's origin, when prompt and longest response exceed the decoder's positions
         (nothing is ever cut), when media have not the sizes stated, and when the prompt does not end with a user turn.
         """
-        _, prompt, tap_index, tap_weight = self._prompt(group)
-        responses = self._responses(group)
-        longest = max((len(ids) for ids in responses), default=0)
+        branches = [Branch(ids, np.ones(len(ids), np.float32)) for ids in self._responses(group)]
+        return self.assemble(group, self.prompt_ids(group), branches, decode)
+
+    def assemble(self, group: Group, prompt: np.ndarray, branches: Sequence[Branch], decode: Decode) -> Rendered:
+        """The group's pictures under `prompt` i32 [P] (one placeholder a picture), and `branches` behind it.
+
+        Raises ValueError, naming the group's origin, as `render` does.
+        """
+        _, prompt, tap_index, tap_weight = self.with_pictures(group, prompt)
+        longest = max((len(branch.token) for branch in branches), default=0)
         most = self.max_positions
         if len(prompt) + longest > most:
             raise ValueError(
-                f"{_where(group)}: {len(prompt)} prompt tokens and {longest} of the longest response exceed the "
+                f"{where(group)}: {len(prompt)} prompt tokens and {longest} of the longest response exceed the "
                 f"model's {most} positions; use fewer frames or drop the group"
             )
         return Rendered(
@@ -122,8 +129,22 @@ class LlavaOnevisionRenderer:
             prompt=prompt,
             tap_index=tap_index,
             tap_weight=tap_weight,
-            branches=tuple(Branch(ids, np.ones(len(ids), np.float32)) for ids in responses),
+            branches=tuple(branches),
         )
+
+    def prompt_ids(self, group: Group) -> np.ndarray:
+        """Ids i32 of the conversation and the opening of its answer, a picture or video being one placeholder.
+
+        Raises ValueError, naming the group's origin, where the chat template refuses the conversation.
+        """
+        try:
+            return self._chat.prompt(self._messages(group))
+        except ValueError as error:
+            raise ValueError(f"{where(group)}: {error}") from error
+
+    def response_ids(self, text: str) -> np.ndarray:
+        """Ids i32 of an answer and of what closes its turn."""
+        return self._chat.response(text)
 
     @cached_property
     def _chat(self) -> Chat:
@@ -131,18 +152,15 @@ class LlavaOnevisionRenderer:
 
     def _responses(self, group: Group) -> list[np.ndarray]:
         try:
-            ids = {text: self._chat.response(text) for text in {response.text for response in group.responses}}
+            ids = {text: self.response_ids(text) for text in {response.text for response in group.responses}}
         except ValueError as error:
-            raise ValueError(f"{_where(group)}: {error}") from error
+            raise ValueError(f"{where(group)}: {error}") from error
         return [ids[response.text] for response in group.responses]
 
-    def _prompt(self, group: Group) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-        """Tiles, token i32 [P], tap index i32 [P, 4] and weight f32 [P, 4]."""
+    def with_pictures(self, group: Group, ids: np.ndarray) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """Tiles, and prompt `ids` with every placeholder grown to its picture's tokens: token i32 [P], tap index
+        i32 [P, 4] and weight f32 [P, 4]."""
         tiles, taps = self._taps(group)
-        try:
-            ids = self._chat.prompt(self._messages(group))
-        except ValueError as error:
-            raise ValueError(f"{_where(group)}: {error}") from error
         places = np.flatnonzero((ids == self.config.image_token) | (ids == self.config.video_token))
         spans = self._in_template_order(group, ids[places], taps)
         repeats = np.ones(len(ids), np.int64)
@@ -178,9 +196,9 @@ class LlavaOnevisionRenderer:
         tiles, taps = 0, []
         for media in group.media:
             if media.kind not in ("image", "video"):
-                raise ValueError(f"{_where(group)}: {media.path}: {media.kind!r} is neither image nor video")
+                raise ValueError(f"{where(group)}: {media.path}: {media.kind!r} is neither image nor video")
             if not media.sizes or (media.kind == "image" and len(media.sizes) != 1):
-                raise ValueError(f"{_where(group)}: {media.path}: {media.kind} with {len(media.sizes)} sizes")
+                raise ValueError(f"{where(group)}: {media.path}: {media.kind} with {len(media.sizes)} sizes")
             if media.kind == "video":
                 frames = len(_sampled(len(media.sizes), self.options.frames))
                 taps.append(video_taps(frames, tiles, self.config))
@@ -204,7 +222,7 @@ class LlavaOnevisionRenderer:
         for kind, token in tokens.items():
             if (written := int((placeholders == token).sum())) != len(queues[token]):
                 raise ValueError(
-                    f"{_where(group)}: the chat template of {self.name} writes {written} {kind} placeholders for "
+                    f"{where(group)}: the chat template of {self.name} writes {written} {kind} placeholders for "
                     f"{len(queues[token])}"
                 )
         return [queues[token].pop(0) for token in placeholders.tolist()]
@@ -215,7 +233,7 @@ class LlavaOnevisionRenderer:
         for media in group.media:
             if len(media.encoded) != len(media.sizes):
                 raise ValueError(
-                    f"{_where(group)}: {media.path}: {len(media.encoded)} encoded pictures for {len(media.sizes)} sizes"
+                    f"{where(group)}: {media.path}: {len(media.encoded)} encoded pictures for {len(media.sizes)} sizes"
                 )
             if media.kind == "video":
                 chosen = _sampled(len(media.sizes), self.options.frames)
@@ -261,7 +279,8 @@ def _chat_template(directory: epath.Path) -> str | None:
     return None
 
 
-def _where(group: Group) -> str:
+def where(group: Group) -> str:
+    """Where a group came from, for messages."""
     return ", ".join(map(str, group.origins)) or f"group {group.id}"
 
 
@@ -281,7 +300,7 @@ def _decoded(group: Group, media: Media, number: int, decode: Decode) -> np.ndar
     width, height = media.sizes[number]
     if image.shape != (height, width, 3) or image.dtype != np.uint8:
         raise ValueError(
-            f"{_where(group)}: {media.path}: decoded to {image.dtype} {image.shape}, its size says "
+            f"{where(group)}: {media.path}: decoded to {image.dtype} {image.shape}, its size says "
             f"{width} x {height} pixels; prepare the dataset again"
         )
     return image

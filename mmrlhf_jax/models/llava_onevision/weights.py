@@ -7,9 +7,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,13 +20,15 @@ from mmrlhf_jax.models import key_table
 from mmrlhf_jax.models.key_table import Key, export_tensors, load, prefixed
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.fresh import write_fresh_files
-from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision, declare
+from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.models.llava_onevision.names import canonical
 from mmrlhf_jax.models.qwen2.weights import KEYS as QWEN2_KEYS
 from mmrlhf_jax.models.safetensors_files import DTYPES, INDEX, SafetensorsDirectory, write_safetensors
 from mmrlhf_jax.models.siglip.weights import KEYS as SIGLIP_KEYS
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
+
+Tree = TypeVar("Tree")
 
 KEYS = [
     *prefixed(SIGLIP_KEYS, ours="tower.", theirs="vision_tower.vision_model."),
@@ -46,6 +48,7 @@ ASSETS = (
     "config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json",
     "video_preprocessor_config.json", "chat_template.json", "chat_template.jinja", "tokenizer.json",
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "reward.json",  # of a reward model: critique_reward/config.py
 )  # fmt: skip
 
 
@@ -65,16 +68,21 @@ def resolve(model: str) -> epath.Path:
         raise FileNotFoundError(f"{model}: no such directory, and no hub id that can be fetched ({reason})") from error
 
 
-def stored_dtypes(directory: epath.PathLike, declared: LlavaOnevision) -> dict[str, str]:
+def stored_dtypes(directory: epath.PathLike, declared: Any, keys: Sequence[Key] = KEYS) -> dict[str, str]:
     """The dtype each parameter has in a model directory, by name."""
-    return key_table.stored_dtypes(SafetensorsDirectory(directory, canonical), declared, KEYS)
+    return key_table.stored_dtypes(SafetensorsDirectory(directory, canonical), declared, keys)
 
 
 def load_params(
-    directory: epath.PathLike, declared: LlavaOnevision, config: LlavaOnevisionConfig, mesh: Mesh, rules: ShardingRules
-) -> LlavaOnevision:
+    directory: epath.PathLike,
+    declared: Tree,
+    config: LlavaOnevisionConfig,
+    mesh: Mesh,
+    rules: ShardingRules,
+    keys: Sequence[Key] = KEYS,
+) -> Tree:
     """Weights of a directory, in any spelling, straight into their shards. Raises ValueError listing all that does not
-    fit."""
+    fit. A model with more than the policy's tensors brings its own declaration and `keys`."""
     tied = config.decoder.tied
     with SafetensorsDirectory(directory, canonical) as source:
         twice = tied and UNEMBEDDING in source.where
@@ -82,16 +90,17 @@ def load_params(
             raise ValueError(
                 f"{directory}: config.json ties the embeddings, yet {UNEMBEDDING} differs from {EMBEDDING}"
             )
-        return load(source, declared, KEYS, mesh, rules, ignored=lambda name: tied and name == UNEMBEDDING)
+        return load(source, declared, keys, mesh, rules, ignored=lambda name: tied and name == UNEMBEDDING)
 
 
 def save_directory(
-    params: LlavaOnevision,
+    params: Any,
     assets: epath.PathLike,
     output: epath.PathLike,
     dtype: str = "float32",
     *,
     record: Mapping[str, Any] | None = None,
+    keys: Sequence[Key] = KEYS,
 ) -> None:
     """A complete Hugging Face directory: weights in the hub's spelling beside the assets of the model they came from.
 
@@ -107,25 +116,30 @@ def save_directory(
         raise FileExistsError(f"{output} exists already{unfinished}; name another --output or remove it")
     if "://" in str(output):
         with tempfile.TemporaryDirectory() as local:
-            _write_whole(params, assets, Path(local), dtype, record)
+            _write_whole(params, assets, Path(local), dtype, record, keys)
             _upload(Path(local), output)
         return
     partial = Path(output.with_name(f".{output.name}.partial"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    _write_whole(params, assets, partial, dtype, record)
+    _write_whole(params, assets, partial, dtype, record, keys)
     partial.rename(output)
 
 
 def _write_whole(
-    params: LlavaOnevision, assets: epath.PathLike, output: Path, dtype: str, record: Mapping[str, Any] | None
+    params: Any,
+    assets: epath.PathLike,
+    output: Path,
+    dtype: str,
+    record: Mapping[str, Any] | None,
+    keys: Sequence[Key],
 ) -> None:
     copy_assets(assets, output)
     raw: dict[str, Any] = json.loads((output / "config.json").read_text())
     raw.pop("torch_dtype", None)
     raw["dtype"] = dtype
     (output / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    write_safetensors(export_tensors(params, KEYS, dtype), output)
+    write_safetensors(export_tensors(params, keys, dtype), output)
     if record is not None:
         (output / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
 

@@ -1,0 +1,132 @@
+"""Scores and critiques of a dataset's responses, stored beside it by launch/annotate.py --with reward.
+
+Of every group: `score` f32 [K, n], n samples of each of K responses; `ended` bool [K, n], whether the model closed the
+critique itself; `critique` u8, the critiques' utf-8 bytes end to end, and `critique_length` i64 [K * n] of each. A
+store's rewards.jsonl holds the same for people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mmrlhf_jax import storage
+from mmrlhf_jax.data.annotations import AnnotationStore, find
+from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax.data.datasets import Dataset
+from mmrlhf_jax.groups import Group
+
+REWARD = "reward"  # the kind of annotation
+READABLE = "rewards.jsonl"
+
+Critiques = Literal["generated", "human", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupReward:
+    """What a reward model says of a group's K responses, n times each: `scores` f32 [K, n], `critiques` K tuples of n
+    texts (n empty ones where it wrote none), `ended` bool [K, n]."""
+
+    scores: np.ndarray
+    critiques: tuple[tuple[str, ...], ...]
+    ended: np.ndarray
+
+    @property
+    def score(self) -> tuple[float, ...]:
+        """Of each response: the mean over its samples."""
+        return tuple(float(row.mean()) for row in self.scores)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """As a store holds it."""
+        encoded = [text.encode() for each in self.critiques for text in each]
+        return {
+            "score": np.asarray(self.scores, np.float32),
+            "ended": np.asarray(self.ended, bool),
+            "critique": np.frombuffer(b"".join(encoded), np.uint8),
+            "critique_length": np.array([len(text) for text in encoded], np.int64),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> GroupReward:
+        """Inverse of `arrays`."""
+        scores = arrays["score"]
+        ends = np.cumsum(arrays["critique_length"])
+        texts = [part.tobytes().decode() for part in np.split(arrays["critique"], ends[:-1])]
+        n = scores.shape[1]
+        critiques = tuple(tuple(texts[k * n : (k + 1) * n]) for k in range(len(scores)))
+        return cls(scores, critiques, arrays["ended"])
+
+
+def content_of(group: Group, critiques: str) -> str:
+    """The hash of everything a reward depends on besides model and rendering: human critiques are part of it."""
+    return group.content_hash(reasons=critiques == "human")
+
+
+def read_rewards(store: AnnotationStore, dataset: PreparedDataset) -> dict[int, GroupReward]:
+    """All rows of a store. Raises AnnotationError where a group has changed since."""
+    stored = store.read(dataset, lambda group: content_of(group, store.key["critiques"]))
+    return {row: GroupReward.from_arrays(arrays) for row, arrays in stored.items()}
+
+
+def write_readable(store: AnnotationStore, dataset: PreparedDataset) -> None:
+    """The store's rewards.jsonl: a line a group with its id and, of each response, text, score and critiques."""
+    rewards = read_rewards(store, dataset)
+    lines = []
+    for row, group in enumerate(dataset.groups()):
+        if row not in rewards:
+            continue
+        reward = rewards[row]
+        responses = [
+            {"text": r.text, "rank": r.rank, "score": reward.score[k]}
+            | ({"critiques": list(reward.critiques[k]), "scores": reward.scores[k].tolist()} if any(reward.critiques[k]) else {})
+            for k, r in enumerate(group.responses)
+        ]
+        lines.append(json.dumps({"row": row, "id": group.id, "responses": responses}, ensure_ascii=False))
+    storage.write_whole(store.directory / READABLE, "".join(f"{line}\n" for line in lines).encode())
+
+
+def with_scores(group: Group, scores: Iterable[float]) -> Group:
+    """The group with these scores for its responses, and pairs whose margins are their differences."""
+    responses = tuple(
+        dataclasses.replace(r, score=float(s)) for r, s in zip(group.responses, scores, strict=True)
+    )
+    pairs = tuple(dataclasses.replace(pair, margin=None) for pair in group.pairs)
+    return dataclasses.replace(group, responses=responses, pairs=pairs)
+
+
+def stored_scores(dataset: Dataset, asked: str, command: str) -> dict[int, tuple[float, ...]]:
+    """The score of every response by row, from beside each part of `dataset`.
+
+    `asked` is "reward" for the only store there is, or a store's name. Raises ValueError with the cure: the `command`
+    that makes one, the names to choose from, or what is missing.
+    """
+    found: dict[int, tuple[float, ...]] = {}
+    for part, row_of in dataset.parts():
+        rewards = read_rewards(_store_beside(part, asked, command), part)
+        if missing := sorted(set(row_of.values()) - rewards.keys()):
+            raise ValueError(
+                f"{part.path}: {len(missing)} groups have no reward yet (row {missing[0]} first). Finish them: {command}"
+            )
+        found |= {row: rewards[own].score for row, own in row_of.items()}
+    return found
+
+
+def _store_beside(part: PreparedDataset, asked: str, command: str) -> AnnotationStore:
+    stores = find(part.path, REWARD)
+    chosen = [store for store in stores if asked in (REWARD, store.directory.name)]
+    if not chosen:
+        there = "; there: " + ", ".join(store.directory.name for store in stores) if stores else ""
+        raise ValueError(f"{part.path} has no rewards {asked!r}{there}. Make them: {command}")
+    if len(chosen) > 1:
+        names = "\n  ".join(f"{store.directory.name}: {_described(store.key)}" for store in chosen)
+        raise ValueError(f"{part.path} has rewards made in several ways; set margins to one of\n  {names}")
+    return chosen[0]
+
+
+def _described(key: Mapping[str, Any]) -> str:
+    return f"critiques {key['critiques']}, {key['samples']} samples, {key['dtype']}, model {key['model'][:12]}"

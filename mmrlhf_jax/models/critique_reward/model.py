@@ -1,0 +1,107 @@
+"""The critique-based reward model (arXiv 2502.10391, section 3): the policy, which writes a critique of an answer, and
+a head that reads a score where the critique ends.
+
+Over groups: picture, question and template go through the decoder once, and "answer, critique" is a branch. A scalar
+model is the same with branches that are answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from mmrlhf_jax.batch import GroupBatch
+from mmrlhf_jax.models.critique_reward.config import CritiqueRewardConfig
+from mmrlhf_jax.models.llava_onevision import model as llava_onevision
+from mmrlhf_jax.models.llava_onevision.model import Compute, LlavaOnevision, Projector
+from mmrlhf_jax.models.qwen2.model import Qwen2
+from mmrlhf_jax.models.siglip.model import Siglip
+from mmrlhf_jax.nn.params import Param
+from mmrlhf_jax.nn.token_logps import TokenLogps
+
+
+@struct.dataclass
+class LinearHead:
+    """One linear layer, as published."""
+
+    kernel: Any  # [D, 1]
+    bias: Any  # [1]
+
+
+@struct.dataclass
+class TanhHead:
+    """Linear, tanh, linear, as released (its dropout of 0 left out)."""
+
+    dense_kernel: Any  # [D, D]
+    dense_bias: Any
+    out_kernel: Any  # [D, 1]
+    out_bias: Any
+
+
+@struct.dataclass
+class CritiqueReward:
+    """A policy's parameters under the names they have there, so that its forward takes them, and the head."""
+
+    tower: Siglip
+    projector: Projector
+    newline: Any
+    decoder: Qwen2
+    head: LinearHead | TanhHead
+
+
+def declare(config: CritiqueRewardConfig) -> CritiqueReward:
+    """All parameters, as `Param` declarations."""
+    return with_head(llava_onevision.declare(config), declare_head(config))
+
+
+def declare_head(config: CritiqueRewardConfig) -> LinearHead | TanhHead:
+    """A fresh head starts as torch's linear layers do, uniform in +-1/sqrt(D), as the released code's did."""
+    d = config.decoder.embed
+    kernel = Param((d, 1), (None, None), "uniform", fan_in=d)
+    bias = Param((1,), (None,), "uniform", fan_in=d)
+    if config.head == "linear":
+        return LinearHead(kernel, bias)
+    return TanhHead(Param((d, d), ("embed", None), "uniform", fan_in=d), Param((d,), (None,), "uniform", fan_in=d), kernel, bias)
+
+
+def with_head(policy: LlavaOnevision, head: LinearHead | TanhHead) -> CritiqueReward:
+    return CritiqueReward(policy.tower, policy.projector, policy.newline, policy.decoder, head)
+
+
+def read_score(params: CritiqueReward, hidden: jax.Array) -> jax.Array:
+    """Final normalised hidden states [..., D] -> scores f32 [...]. In fp32 throughout: margins are differences of these."""
+    x, head = hidden.astype(jnp.float32), jax.tree.map(lambda p: p.astype(jnp.float32), params.head)
+    if isinstance(head, LinearHead):
+        return (_times(x, head.kernel) + head.bias)[..., 0]
+    inner = jnp.tanh(_times(x, head.dense_kernel) + head.dense_bias)
+    return (_times(inner, head.out_kernel) + head.out_bias)[..., 0]
+
+
+def _times(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel, precision="highest")  # accelerators multiply fp32 in less unless told
+
+
+def branch_scores(params: CritiqueReward, hidden: jax.Array, batch: GroupBatch) -> jax.Array:
+    """Scores f32 [B, K] read at every branch's end from hidden states [N, P+S, D]; of a response that is not there,
+    garbage. Rows of separate branches fold back into their group."""
+    ends = jnp.take_along_axis(hidden, batch.branch_end[:, :, None], axis=1)
+    with jax.named_scope("reward_head"):
+        return read_score(params, ends).reshape(batch.response_mask.shape)
+
+
+def scores(
+    params: CritiqueReward, config: CritiqueRewardConfig, batch: GroupBatch, compute: Compute
+) -> jax.Array:
+    """Scores f32 [B, K] of every branch of every group."""
+    return branch_scores(params, llava_onevision.hidden_states(params, config, batch, compute), batch)
+
+
+def scores_and_logps(
+    params: CritiqueReward, config: CritiqueRewardConfig, batch: GroupBatch, compute: Compute
+) -> tuple[jax.Array, TokenLogps]:
+    """Scores f32 [B, K] and the log-probs [N, S] of every branch's tokens, critiques among them, from one forward."""
+    hidden = llava_onevision.hidden_states(params, config, batch, compute)
+    return branch_scores(params, hidden, batch), llava_onevision.logps_of(params, hidden, batch, compute)
