@@ -13,6 +13,7 @@ from mmrlhf_jax.objectives.preference import (
     PreferenceInputs,
     PreferenceObjective,
 )
+from mmrlhf_jax.objectives.reward import CritiqueReward, RewardInputs, ScalarReward
 from mmrlhf_jax.objectives.supervised import Supervised, SupervisedInputs
 from mmrlhf_jax.objectives.totals import StepTotals, step_totals
 
@@ -23,6 +24,8 @@ OBJECTIVES: Mapping[str, type] = MappingProxyType(
         "mmdpo": MMDPO,
         "mmdpo_released_factor": MMDPOReleasedFactor,
         "mmdpo_released_batch": MMDPOReleasedBatch,
+        "critique_reward": CritiqueReward,
+        "scalar_reward": ScalarReward,
     }
 )
 """Every objective under the name by which recipes and checkpoints know it."""
@@ -31,10 +34,13 @@ __all__ = [
     "DPO",
     "MMDPO",
     "OBJECTIVES",
+    "CritiqueReward",
     "MMDPOReleasedBatch",
     "MMDPOReleasedFactor",
     "PreferenceInputs",
     "PreferenceObjective",
+    "RewardInputs",
+    "ScalarReward",
     "StepTotals",
     "Supervised",
     "SupervisedInputs",

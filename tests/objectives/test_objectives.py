@@ -14,9 +14,11 @@ from mmrlhf_jax.objectives import (
     DPO,
     MMDPO,
     OBJECTIVES,
+    CritiqueReward,
     MMDPOReleasedBatch,
     MMDPOReleasedFactor,
     PreferenceInputs,
+    ScalarReward,
     Supervised,
     step_totals,
 )
@@ -46,6 +48,8 @@ def test_names_are_stable_since_recipes_and_checkpoints_hold_them():
         "mmdpo": MMDPO,
         "mmdpo_released_factor": MMDPOReleasedFactor,
         "mmdpo_released_batch": MMDPOReleasedBatch,
+        "critique_reward": CritiqueReward,
+        "scalar_reward": ScalarReward,
     }
 
 
@@ -57,6 +61,8 @@ def test_what_each_objective_asks_of_the_trainer():
         "mmdpo": (True, True, False),
         "mmdpo_released_factor": (True, True, False),
         "mmdpo_released_batch": (False, True, True),
+        "critique_reward": (False, False, False),
+        "scalar_reward": (False, False, False),
     }
 
 
@@ -147,7 +153,7 @@ def test_totals_count_what_is_scored():
     pair_weight = np.zeros((2, 3, 3), np.float32)
     pair_weight[0, 0, 1], pair_weight[0, 0, 2] = 1.0, 0.5
     totals = step_totals(pair_weight, np.full((2, 3), 4.0, np.float32), np.array([[1, 1, 0.5], [0, 0, 0]], np.float32))
-    assert [float(x) for x in jax.tree.leaves(totals)] == [1.5, 6.0, 2.5, 1.0]
+    assert [float(x) for x in jax.tree.leaves(totals)] == [1.5, 6.0, 2.5, 1.0, 0.0]
 
 
 def test_a_step_that_scores_nothing_is_not_a_quiet_zero():
