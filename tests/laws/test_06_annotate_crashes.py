@@ -1,4 +1,4 @@
-"""Law 6, rewards: SIGKILL of an annotation that generates critiques, at random moments, again and again: no row is lost,
+"""Law 6, rewards: SIGKILL of an annotation that generates critiques, at random moments, twenty times: no row is lost,
 none is stored twice, and what is stored is what an undisturbed run stores, bit for bit."""
 
 from __future__ import annotations
