@@ -1,60 +1,79 @@
 """Compute something for every response of a dataset and store it beside the data.
 
     python launch/annotate.py --dataset DATASET --model MODEL --with reference
+    python launch/annotate.py --dataset DATASET --model REWARD_MODEL --with reward
 
 The same command again resumes. Exit codes: 0 done, 1 failed, 2 bad usage.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+from jax.sharding import Mesh
 
-from mmrlhf_jax.command import run_command
+from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data.annotations import AnnotationStore
+from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.datasets import open_dataset
-from mmrlhf_jax.inference.score import ScoreConfig, write_reference_logps
+from mmrlhf_jax.data.rewards import REWARD, Critiques
+from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
+from mmrlhf_jax.inference.forward import ForwardConfig
+from mmrlhf_jax.inference.reference import write_reference_logps
+from mmrlhf_jax.inference.reward import RewardModel, Scoring, write_rewards
+from mmrlhf_jax.inference.sample import SamplingConfig
+from mmrlhf_jax.models.critique_reward.render import load_reward_renderer
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_renderer
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.data import REFERENCE, reference_key
 from mmrlhf_jax.training.distributed import is_speaker, join_processes, say, wait_for_all
-from mmrlhf_jax.training.model import load_model, model_fingerprint
+from mmrlhf_jax.training.model import check_family, load_model, model_fingerprint
 from mmrlhf_jax.training.recipe import INFERENCE
 from mmrlhf_jax.training.runtime import set_up_jax
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Reference log-probs of every response under MODEL, stored beside DATASET, or beside each part of a mixture.
-    The same command again resumes."""
+    """Reference log-probs, or rewards, of every response under MODEL, stored beside DATASET, or beside each part of a
+    mixture. The same command again resumes."""
 
     dataset: str
     """a directory made by launch/prepare.py, or a mixture file: of each of its parts the rows it takes"""
     model: str
-    """a Hugging Face directory, a hub id, or a RUN"""
-    what: Annotated[Literal["reference"], tyro.conf.arg(name="with")]
-    """reference: per-token log-probs of every response"""
+    """a Hugging Face directory, a hub id, or a RUN; with reward: of a reward model"""
+    what: Annotated[Literal["reference", "reward"], tyro.conf.arg(name="with")]
+    """reference: per-token log-probs of every response; reward: a critique and a score of every response"""
+    critiques: Critiques | None = None
+    """reward: which critiques the scores are read behind. generated: the model's own (the default, of a model that
+    writes any); human: the dataset's; none: without (the default of a scalar model)"""
+    samples: int = 1
+    """reward: critiques generated of each response; the score is the mean of theirs"""
+    template: str = ""
+    """reward: file with the template of a reward model that does not bring its own"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of activations and matrix products; a run reads log-probs made with its own compute.dtype"""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     vocab_chunk: int = 8192
     """vocabulary rows whose logits exist at once"""
     render: RenderOptions = field(default_factory=RenderOptions)
-    score: Annotated[ScoreConfig, tyro.conf.arg(name="")] = field(default_factory=ScoreConfig)
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+    forward: Annotated[ForwardConfig, tyro.conf.arg(name="")] = field(default_factory=ForwardConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """how critiques are generated; changes none of them"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="annotate.py")
+    _check(arguments)
     join_processes()
     set_up_jax(arguments.dtype)
     dataset = open_dataset(arguments.dataset)
     mesh = make_mesh(arguments.mesh)
-    model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
-    renderer = load_renderer(str(model.assets), arguments.render)
     compute = Compute(
         dtype=arguments.dtype,
         platform=mesh.devices.flat[0].platform,
@@ -62,16 +81,66 @@ def main() -> None:
         vocab_chunk=arguments.vocab_chunk,
         vocab_shards=mesh.shape["tensor"],
     )
+    annotate = _reward if arguments.what == "reward" else _reference
+    annotate(arguments, list(dataset.parts()), mesh, compute)
+
+
+def _check(arguments: Arguments) -> None:
+    """Raises UsageError for options that the annotation asked for would not read."""
+    if arguments.what == "reward":
+        return
+    bare = Arguments(arguments.dataset, arguments.model, "reference")
+    for name in ("critiques", "samples", "template", "sampling", "decode"):
+        if getattr(arguments, name) != getattr(bare, name):
+            raise UsageError(f"--{name} (or one of its fields) is for --with reward")
+
+
+Parts = list[tuple[PreparedDataset, dict[int, int]]]
+
+
+def _reference(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute) -> None:
+    model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
+    check_family(model, arguments.model, reward=False)
+    renderer = load_renderer(str(model.assets), arguments.render)
     key = reference_key(model_fingerprint(model.config, model.params), renderer, arguments.dtype)
-    for part, row_of in dataset.parts():
-        rows = set(row_of.values())
-        if is_speaker():
-            AnnotationStore.open(part.path, REFERENCE, key)  # creates it: once
-        wait_for_all("the store is there")
-        store = AnnotationStore.open(part.path, REFERENCE, key)
-        written = write_reference_logps(part, rows, renderer, model, store, mesh, compute, arguments.score)
-        done = "done already" if not written else f"{written} groups scored"
-        say(f"{done}: {len(rows)} stored in {store.directory}")
+    for part, row_of in parts:
+        rows, store = set(row_of.values()), _open(part, REFERENCE, key)
+        written = write_reference_logps(part, rows, renderer, model, store, mesh, compute, arguments.forward)
+        _say(written, rows, store)
+
+
+def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute) -> None:
+    model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
+    check_family(model, arguments.model, reward=True)
+    renderer = load_reward_renderer(str(model.assets), arguments.render, template=arguments.template)
+    judge = RewardModel(model, renderer, mesh, compute)
+    scoring = Scoring(
+        arguments.critiques, arguments.samples, arguments.sampling, arguments.forward, arguments.decode
+    ).of(judge)
+    generated = scoring.critiques == "generated"
+    key = {
+        **reference_key(model_fingerprint(model.config, model.params), renderer, arguments.dtype),
+        "critiques": scoring.critiques,
+        "samples": scoring.samples,
+        "sampling": dataclasses.asdict(scoring.sampling) if generated else None,
+    }
+    for part, row_of in parts:
+        rows, store = set(row_of.values()), _open(part, REWARD, key)
+        with progress_bar(shown=generated and is_speaker()) as progress:
+            written = write_rewards(part, rows, judge, scoring, store, progress)
+        _say(written, rows, store)
+
+
+def _open(part: PreparedDataset, kind: str, key: dict[str, Any]) -> AnnotationStore:
+    if is_speaker():
+        AnnotationStore.open(part.path, kind, key)  # creates it: once
+    wait_for_all("the store is there")
+    return AnnotationStore.open(part.path, kind, key)
+
+
+def _say(written: int, rows: set[int], store: AnnotationStore) -> None:
+    done = "done already" if not written else f"{written} groups scored"
+    say(f"{done}: {len(rows)} stored in {store.directory}")
 
 
 if __name__ == "__main__":

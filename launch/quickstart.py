@@ -220,7 +220,9 @@ def _new_model(directory: Path, world: Path, config: WorldConfig, seed: int) -> 
 def _evaluate(output: Path, results: Path) -> None:
     """Every policy on the held-out boards, into `results`."""
     from mmrlhf_jax.data.datasets import open_dataset
-    from mmrlhf_jax.inference.greedy import GreedyConfig, greedy_answers
+    from mmrlhf_jax.inference.engine import DecodeConfig
+    from mmrlhf_jax.inference.generate import answers_in_order, generate
+    from mmrlhf_jax.inference.sample import SamplingConfig
     from mmrlhf_jax.models.llava_onevision.model import Compute
     from mmrlhf_jax.models.llava_onevision.render import load_renderer
     from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
@@ -240,8 +242,9 @@ def _evaluate(output: Path, results: Path) -> None:
         model = load_model(str(output / policy), mesh, ShardingRules(), rates=INFERENCE, dtype="float32")
         renderer = load_renderer(str(model.assets))
         compute = Compute(platform=mesh.devices.flat[0].platform)
-        config = GreedyConfig(max_new_tokens=MOST_TOKENS, prompts=64, multiple=MULTIPLE)
-        said = [answer.text for answer in greedy_answers(groups, renderer, model, mesh, compute, config)]
+        greedy, run = SamplingConfig(max_new_tokens=MOST_TOKENS), DecodeConfig(max_buckets=1, multiple=MULTIPLE)
+        answers = answers_in_order(generate(groups, renderer, model, mesh, compute, greedy, run))
+        said = [answer.text for (answer,) in answers]
         key = reference_key(model_fingerprint(model.config, model.params), renderer, "float32")
         logps = _response_logps(dataset, renderer, key)
         reference = reference or logps

@@ -82,8 +82,13 @@ def write_readable(store: AnnotationStore, dataset: PreparedDataset) -> None:
             continue
         reward = rewards[row]
         responses = [
-            {"text": r.text, "rank": r.rank, "score": reward.score[k]}
-            | ({"critiques": list(reward.critiques[k]), "scores": reward.scores[k].tolist()} if any(reward.critiques[k]) else {})
+            {
+                "text": r.text,
+                "rank": r.rank,
+                "score": reward.score[k],
+                "scores": reward.scores[k].tolist(),
+                "critiques": list(reward.critiques[k]),
+            }
             for k, r in enumerate(group.responses)
         ]
         lines.append(json.dumps({"row": row, "id": group.id, "responses": responses}, ensure_ascii=False))
@@ -92,9 +97,7 @@ def write_readable(store: AnnotationStore, dataset: PreparedDataset) -> None:
 
 def with_scores(group: Group, scores: Iterable[float]) -> Group:
     """The group with these scores for its responses, and pairs whose margins are their differences."""
-    responses = tuple(
-        dataclasses.replace(r, score=float(s)) for r, s in zip(group.responses, scores, strict=True)
-    )
+    responses = tuple(dataclasses.replace(r, score=float(s)) for r, s in zip(group.responses, scores, strict=True))
     pairs = tuple(dataclasses.replace(pair, margin=None) for pair in group.pairs)
     return dataclasses.replace(group, responses=responses, pairs=pairs)
 
@@ -110,7 +113,8 @@ def stored_scores(dataset: Dataset, asked: str, command: str) -> dict[int, tuple
         rewards = read_rewards(_store_beside(part, asked, command), part)
         if missing := sorted(set(row_of.values()) - rewards.keys()):
             raise ValueError(
-                f"{part.path}: {len(missing)} groups have no reward yet (row {missing[0]} first). Finish them: {command}"
+                f"{part.path}: {len(missing)} groups have no reward yet (row {missing[0]} first). Finish them: "
+                f"{command}"
             )
         found |= {row: rewards[own].score for row, own in row_of.items()}
     return found

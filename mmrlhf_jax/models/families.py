@@ -37,7 +37,9 @@ def is_reward(config: LlavaOnevisionConfig) -> bool:
 
 def declare(config: LlavaOnevisionConfig) -> Any:
     """All parameters of a model, as `Param` declarations."""
-    return critique_reward.declare(config) if isinstance(config, CritiqueRewardConfig) else llava_onevision.declare(config)
+    return (
+        critique_reward.declare(config) if isinstance(config, CritiqueRewardConfig) else llava_onevision.declare(config)
+    )
 
 
 def keys_of(config: LlavaOnevisionConfig) -> Sequence[Key]:

@@ -83,6 +83,8 @@ def group_attention(
         prompt = _prompt_cudnn(q[:, :p], k[:, :p], v[:, :p], rule.prompt_length)
     else:
         prompt = _prompt_splash(q[:, :p], k[:, :p], v[:, :p])
+    if p == q.shape[1]:  # prompts alone
+        return prompt
     return jnp.concatenate([prompt, _blocked(q, k, v, rule, p)], axis=1)
 
 

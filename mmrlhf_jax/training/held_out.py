@@ -21,7 +21,7 @@ from mmrlhf_jax.groups import Group
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.nn.sharding import replicated
-from mmrlhf_jax.objectives import DPO, Supervised
+from mmrlhf_jax.objectives import DPO, MMDPOReleasedBatch
 from mmrlhf_jax.training.recipe import Objective
 from mmrlhf_jax.training.runtime import to_devices
 from mmrlhf_jax.training.state import TrainState, combine
@@ -62,9 +62,9 @@ def _place(group: Group, seed: int) -> float:
 def evaluated_as(objective: Objective) -> Objective:
     """The objective whose loss is reported: its own, unless its loss is no sum over pairs but hangs on which pairs
     share a batch; such a one is evaluated as DPO at its base beta."""
-    if isinstance(objective, Supervised) or not objective.needs_step_statistics:
-        return objective
-    return DPO(beta=objective.beta, gamma=objective.gamma)
+    if isinstance(objective, MMDPOReleasedBatch):
+        return DPO(beta=objective.beta, gamma=objective.gamma)
+    return objective
 
 
 def make_evaluate(

@@ -169,8 +169,8 @@ class Recipe:
     """stored: log-probs made by launch/annotate.py; online: a frozen copy of the starting model runs beside the
     policy; lora_off: the policy itself without its adapters, which costs no memory"""
     margins: str = "data"
-    """where MM-DPO's margins come from. data: the dataset's own column or scores; reward: differences of the scores that
-    launch/annotate.py --with reward stored, or one such store by name (reward-0123456789abcdef) where there are several"""
+    """where MM-DPO's margins come from. data: the dataset's own column or scores; reward: differences of the scores
+    that launch/annotate.py --with reward stored; where it stored several, one by name (reward-0123456789abcdef)"""
     render: RenderOptions = field(default_factory=RenderOptions)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

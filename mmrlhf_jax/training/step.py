@@ -100,9 +100,7 @@ def loss_and_metrics(
     return loss, ({"loss": loss, **metrics, "entropy": entropy}, _seen(batch, summed))
 
 
-def _reward_inputs(
-    score: jax.Array, logp: jax.Array | None, batch: GroupBatch, totals: StepTotals
-) -> RewardInputs:
+def _reward_inputs(score: jax.Array, logp: jax.Array | None, batch: GroupBatch, totals: StepTotals) -> RewardInputs:
     """`logp` None: there is no critique."""
     return RewardInputs(
         score=score,

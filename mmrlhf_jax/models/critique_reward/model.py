@@ -16,6 +16,7 @@ from flax import struct
 from mmrlhf_jax.batch import GroupBatch
 from mmrlhf_jax.models.critique_reward.config import CritiqueRewardConfig
 from mmrlhf_jax.models.llava_onevision import model as llava_onevision
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute, LlavaOnevision, Projector
 from mmrlhf_jax.models.qwen2.model import Qwen2
 from mmrlhf_jax.models.siglip.model import Siglip
@@ -43,13 +44,17 @@ class TanhHead:
 
 @struct.dataclass
 class CritiqueReward:
-    """A policy's parameters under the names they have there, so that its forward takes them, and the head."""
+    """A policy's parameters, under the names they have there, and the head."""
 
     tower: Siglip
     projector: Projector
     newline: Any
     decoder: Qwen2
     head: LinearHead | TanhHead
+
+    @property
+    def policy(self) -> LlavaOnevision:
+        return LlavaOnevision(self.tower, self.projector, self.newline, self.decoder)
 
 
 def declare(config: CritiqueRewardConfig) -> CritiqueReward:
@@ -64,7 +69,8 @@ def declare_head(config: CritiqueRewardConfig) -> LinearHead | TanhHead:
     bias = Param((1,), (None,), "uniform", fan_in=d)
     if config.head == "linear":
         return LinearHead(kernel, bias)
-    return TanhHead(Param((d, d), ("embed", None), "uniform", fan_in=d), Param((d,), (None,), "uniform", fan_in=d), kernel, bias)
+    dense = Param((d, d), ("embed", None), "uniform", fan_in=d)
+    return TanhHead(dense, Param((d,), (None,), "uniform", fan_in=d), kernel, bias)
 
 
 def with_head(policy: LlavaOnevision, head: LinearHead | TanhHead) -> CritiqueReward:
@@ -72,7 +78,7 @@ def with_head(policy: LlavaOnevision, head: LinearHead | TanhHead) -> CritiqueRe
 
 
 def read_score(params: CritiqueReward, hidden: jax.Array) -> jax.Array:
-    """Final normalised hidden states [..., D] -> scores f32 [...]. In fp32 throughout: margins are differences of these."""
+    """Final normalised hidden states [..., D] -> scores f32 [...]. In fp32 throughout: margins are differences."""
     x, head = hidden.astype(jnp.float32), jax.tree.map(lambda p: p.astype(jnp.float32), params.head)
     if isinstance(head, LinearHead):
         return (_times(x, head.kernel) + head.bias)[..., 0]
@@ -92,16 +98,14 @@ def branch_scores(params: CritiqueReward, hidden: jax.Array, batch: GroupBatch) 
         return read_score(params, ends).reshape(batch.response_mask.shape)
 
 
-def scores(
-    params: CritiqueReward, config: CritiqueRewardConfig, batch: GroupBatch, compute: Compute
-) -> jax.Array:
+def scores(params: CritiqueReward, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute) -> jax.Array:
     """Scores f32 [B, K] of every branch of every group."""
-    return branch_scores(params, llava_onevision.hidden_states(params, config, batch, compute), batch)
+    return branch_scores(params, llava_onevision.hidden_states(params.policy, config, batch, compute), batch)
 
 
 def scores_and_logps(
-    params: CritiqueReward, config: CritiqueRewardConfig, batch: GroupBatch, compute: Compute
+    params: CritiqueReward, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
 ) -> tuple[jax.Array, TokenLogps]:
     """Scores f32 [B, K] and the log-probs [N, S] of every branch's tokens, critiques among them, from one forward."""
-    hidden = llava_onevision.hidden_states(params, config, batch, compute)
-    return branch_scores(params, hidden, batch), llava_onevision.logps_of(params, hidden, batch, compute)
+    hidden = llava_onevision.hidden_states(params.policy, config, batch, compute)
+    return branch_scores(params, hidden, batch), llava_onevision.logps_of(params.policy, hidden, batch, compute)

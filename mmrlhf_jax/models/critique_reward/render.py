@@ -1,9 +1,9 @@
 """How a group is put before a reward model: template, question and answer are the user's turn, the critique is the
 assistant's, and the score is read where that turn is closed. No jax, no torch; picklable for data workers.
 
-Conversations are tokenized whole, each answer's on its own; what the token sequences of a group share is its prompt, the
-rest of each its branch. So pictures, question and template go through the model once, and every sequence is token for
-token what it would be alone.
+Conversations are tokenized whole, each answer's on its own; what the token sequences of a group share is its prompt,
+the rest of each its branch. So pictures, question and template go through the model once, and every sequence is token
+for token what it would be alone.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ REWARD_RENDER_VERSION = 1  # raise it whenever the same group would render diffe
 class RewardRenderer:
     """Implements `groups.Renderer` for a critique reward model: `response.reason` is the critique of a response.
 
-    A response without one ends where its critique would begin, and that is where its score is then read, as the released
-    scorer does without critiques. Critique and what closes its turn are scored tokens (`loss_weight` 1), the answer is
-    not. Earlier turns of a conversation stay as they are; the last one is the question.
+    A response without one ends where its critique would begin, and that is where its score is then read, as the
+    released scorer does without critiques. Critique and what closes its turn are scored tokens (`loss_weight` 1), the
+    answer is not. Earlier turns of a conversation stay as they are; the last one is the question.
     """
 
     policy: LlavaOnevisionRenderer
@@ -144,7 +144,9 @@ def load_reward_renderer(
     """
     settings = read_settings(directory)
     if settings is None:
-        raise ValueError(f"{directory}: a policy; a reward model is asked for here (train one: configs/critique_reward_7b.py)")
+        raise ValueError(
+            f"{directory}: a policy; a reward model is asked for here (train one: configs/critique_reward_7b.py)"
+        )
     if settings.critique:
         settings = dataclasses.replace(settings, template=_template(directory, settings, template))
     elif template:

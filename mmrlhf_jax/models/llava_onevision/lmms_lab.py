@@ -106,9 +106,7 @@ def derive_assets(directory: epath.Path, raw: dict[str, Any], output: Path) -> N
         (output / name).write_text(json.dumps(document, indent=2) + "\n")
 
 
-def _reward_settings(
-    directory: epath.Path, raw: dict[str, Any], source: SafetensorsDirectory
-) -> dict[str, Any] | None:
+def _reward_settings(directory: epath.Path, raw: dict[str, Any], source: SafetensorsDirectory) -> dict[str, Any] | None:
     """reward.json (critique_reward/config.py) of MM-RLHF's released reward model, None of a policy. The template is not
     in the directory, and the original code's system turn is part of what the model was trained on."""
     if f"{REWARD_HEAD}dense.weight" not in source.where:

@@ -124,6 +124,15 @@ def hidden_states(
     )
 
 
+def prefill(
+    params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values [L, N, G, P+S, H] of every token of prompts and branches: what decoding goes on from."""
+    x = embed(params, config, batch, compute)
+    rule = GroupRule(batch.position, batch.branch, batch.prompt_length, prompt=batch.tap_index.shape[1])
+    return qwen2.prefill(params.decoder, config.decoder, x, rule, backend=compute.attention, platform=compute.platform)
+
+
 def response_logps(
     params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
 ) -> TokenLogps:

@@ -3,6 +3,8 @@ RoPE."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from flax import struct
 
 from mmrlhf_jax.models.qwen2.config import Qwen2Config
 from mmrlhf_jax.nn.attention import Backend, GroupRule, group_attention
+from mmrlhf_jax.nn.branch_attention import BranchCache, BranchRule, branch_attention
 from mmrlhf_jax.nn.layers import rms_norm, rotate
 from mmrlhf_jax.nn.lora import project
 from mmrlhf_jax.nn.params import Param, stack
@@ -92,25 +95,64 @@ def decode(
     rung: RematRung = "full",
 ) -> jax.Array:
     """Embeddings x [B, P+S, D] of a group -> final hidden states [B, P+S, D], normalised, in x's dtype."""
+
+    def forward(layer: Layer, x: jax.Array, rule: GroupRule) -> jax.Array:
+        attend = partial(group_attention, rule=rule, backend=backend, platform=platform)
+        return _layer(layer, config, x, rule.position, attend)[0]
+
     with jax.named_scope("qwen2"):
-        layer = remat(lambda layer, x, rule: _layer(layer, config, x, rule, backend=backend, platform=platform), rung)
+        layer = remat(forward, rung)
         x, _ = jax.lax.scan(lambda x, weights: (layer(weights, x, rule), None), x, params.layers)
         return rms_norm(x, params.norm, config.norm_eps)
 
 
+def prefill(
+    params: Qwen2, config: Qwen2Config, x: jax.Array, rule: GroupRule, *, backend: Backend, platform: str
+) -> tuple[jax.Array, jax.Array]:
+    """Embeddings x [B, P+S, D] of a group -> the keys and the values of every layer, [L, B, G, P+S, H] each."""
+    attend = partial(group_attention, rule=rule, backend=backend, platform=platform)
+
+    def forward(x: jax.Array, layer: Layer) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        x, k, v = _layer(layer, config, x, rule.position, attend)
+        return x, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    with jax.named_scope("qwen2_prefill"):
+        return jax.lax.scan(forward, x, params.layers)[1]
+
+
+def step(
+    params: Qwen2, config: Qwen2Config, x: jax.Array, cache: BranchCache, rule: BranchRule
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One token of each of W branches, x [B, W, D], against `cache`, whose leaves have a leading layers axis.
+
+    Returns final hidden states [B, W, D], normalised, and the tokens' keys and values of every layer,
+    [L, B, G, W, H] each, for the caller to write: inside the loop over layers the cache is only read.
+    """
+
+    def forward(x: jax.Array, part: tuple[Layer, BranchCache]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        layer, mine = part
+        x, k, v = _layer(layer, config, x, rule.position, partial(branch_attention, cache=mine, rule=rule))
+        return x, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    with jax.named_scope("qwen2_step"):
+        x, (k, v) = jax.lax.scan(forward, x, (params.layers, cache))
+        return rms_norm(x, params.norm, config.norm_eps), k, v
+
+
 def _layer(
-    layer: Layer, config: Qwen2Config, x: jax.Array, rule: GroupRule, *, backend: Backend, platform: str
-) -> jax.Array:
+    layer: Layer, config: Qwen2Config, x: jax.Array, position: jax.Array, attend: Callable[..., jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [B, T, D] -> x, and the keys and values [B, T, G, H] of its tokens. `attend(q, k, v)` says who sees what."""
     w = jax.tree.map(lambda p: p.astype(x.dtype), layer)
     with jax.named_scope("attention"):
         y = rms_norm(x, layer.attention_norm, config.norm_eps)
         q = project("btd,dnh->btnh", y, w.query_kernel) + w.query_bias
         k = project("btd,dgh->btgh", y, w.key_kernel) + w.key_bias
         v = tag(project("btd,dgh->btgh", y, w.value_kernel) + w.value_bias, "value")
-        q = tag(rotate(q, rule.position, config.rope_theta), "query")
-        k = tag(rotate(k, rule.position, config.rope_theta), "key")
+        q = tag(rotate(q, position, config.rope_theta), "query")
+        k = tag(rotate(k, position, config.rope_theta), "key")
         q = constrain(q, BATCH_AXES, None, "tensor", None)
-        attended = tag(group_attention(q, k, v, rule, backend=backend, platform=platform), "attention_out")
+        attended = tag(attend(q, k, v), "attention_out")
         x = x + project("btnh,nhd->btd", attended, w.out_kernel)
         x = constrain(x, BATCH_AXES, None, None)
     with jax.named_scope("mlp"):
@@ -118,4 +160,4 @@ def _layer(
         gate = tag(project("btd,df->btf", y, w.gate_kernel), "mlp_hidden")
         up = tag(project("btd,df->btf", y, w.up_kernel), "mlp_hidden")
         x = x + project("btf,fd->btd", jax.nn.silu(gate) * up, w.down_kernel)
-        return constrain(x, BATCH_AXES, None, None)
+        return constrain(x, BATCH_AXES, None, None), k, v

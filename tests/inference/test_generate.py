@@ -15,7 +15,9 @@ from tiny import TINY
 from mmrlhf_jax.batch import Entry, Totals, pack
 from mmrlhf_jax.data.media import decode
 from mmrlhf_jax.groups import Branch, Bucket, Group, Media, Response, Turn
-from mmrlhf_jax.inference.greedy import Answer, GreedyConfig, greedy_answers, stop_tokens
+from mmrlhf_jax.inference.engine import DecodeConfig
+from mmrlhf_jax.inference.generate import Answer, answers_in_order, generate, stop_tokens
+from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute, hidden_states
 from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, load_renderer
 from mmrlhf_jax.models.llava_onevision.weights import new_directory
@@ -24,13 +26,14 @@ from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.model import LoadedModel, load_model
 from mmrlhf_jax.training.recipe import INFERENCE
 
-CONFIG = GreedyConfig(max_new_tokens=6, prompts=2, multiple=16)
+GREEDY = SamplingConfig(max_new_tokens=6)
+RUN = DecodeConfig(branches_per_device=2, max_buckets=1, multiple=16)
 SMALL = dataclasses.replace(TINY, pinpoints=((42, 42), (42, 84)))
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("greedy") / "model"
+    path = tmp_path_factory.mktemp("generate") / "model"
     new_directory(path, SMALL, seed=1)
     return path
 
@@ -62,8 +65,9 @@ def question(text: str, size: tuple[int, int] | None = None) -> Group:
 QUESTIONS = [question("What?", (50, 40)), question("A longer question, without a picture."), question("And?", (90, 40))]
 
 
-def answers(groups: list[Group], renderer, model, config: GreedyConfig = CONFIG, mesh=None) -> list[Answer]:
-    return greedy_answers(groups, renderer, model, mesh or one_device(), Compute(), config)
+def answers(groups: list[Group], renderer, model, sampling=GREEDY, run=RUN, mesh=None) -> list[Answer]:
+    found = generate(groups, renderer, model, mesh or one_device(), Compute(), sampling, run)
+    return [answer for (answer,) in answers_in_order(found)]
 
 
 def by_full_forwards(group: Group, renderer, model, stop: tuple[int, ...], most: int) -> tuple[int, ...]:
@@ -101,7 +105,7 @@ def test_an_answer_ends_at_its_first_stop_token(renderer, model, monkeypatch: py
     whole = answers(QUESTIONS, renderer, model)
     assert not any(answer.ended for answer in whole)
     second = whole[0].token[1]
-    monkeypatch.setattr("mmrlhf_jax.inference.greedy.stop_tokens", lambda renderer: (second,))
+    monkeypatch.setattr("mmrlhf_jax.inference.generate.stop_tokens", lambda renderer: (second,))
     cut = answers(QUESTIONS, renderer, model)
     assert cut[0].ended
     assert cut[0].token == whole[0].token[: whole[0].token.index(second)]
@@ -110,12 +114,11 @@ def test_an_answer_ends_at_its_first_stop_token(renderer, model, monkeypatch: py
         assert short.token == (long.token[: long.token.index(second)] if short.ended else long.token)
 
 
-@pytest.mark.parametrize("changes", [{"prompts": 1}, {"prompts": 3}, {"multiple": 64}, {"max_new_tokens": 3}])
+@pytest.mark.parametrize("changes", [{"branches_per_device": 1}, {"max_buckets": 3}, {"multiple": 64}, {"steps": 1}])
 def test_batches_and_padding_change_nothing(renderer, model, changes: dict) -> None:
     whole = answers(QUESTIONS, renderer, model)
-    other = answers(QUESTIONS[::-1], renderer, model, dataclasses.replace(CONFIG, **changes))[::-1]
-    most = changes.get("max_new_tokens", 6)
-    assert [answer.token for answer in other] == [answer.token[:most] for answer in whole]
+    other = answers(QUESTIONS[::-1], renderer, model, run=dataclasses.replace(RUN, **changes))[::-1]
+    assert [answer.token for answer in other] == [answer.token for answer in whole]
 
 
 def test_devices_change_nothing(directory: Path, renderer, model) -> None:
@@ -130,7 +133,7 @@ def test_stop_tokens_are_those_that_close_a_turn(renderer) -> None:
 
 def test_a_prompt_that_leaves_no_room_is_refused(renderer, model) -> None:
     with pytest.raises(ValueError, match=r"prompt tokens and max_new_tokens 4090 exceed the model's 4096 positions"):
-        answers(QUESTIONS, renderer, model, GreedyConfig(max_new_tokens=4090))
+        answers(QUESTIONS, renderer, model, SamplingConfig(max_new_tokens=4090))
 
 
 def test_no_prompt_no_answer(renderer, model) -> None:

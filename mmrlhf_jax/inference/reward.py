@@ -1,0 +1,257 @@
+"""Scoring responses with a reward model: with critiques it writes itself, with human ones, or without.
+
+generated   the model criticises every answer, n times if asked; each score is read from the decoding cache where the
+            critique is closed, without encoding anything again
+human       teacher-forced: one forward a group reads the scores at the ends of the annotators' critiques
+none        one forward a group, scores read where critiques would begin; of a scalar model, at the ends of the answers
+
+Pictures keep their any-res tiles and videos their frames in all of them, once a group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mmrlhf_jax.batch import EMPTY, GroupBatch
+from mmrlhf_jax.data.annotations import AnnotationStore
+from mmrlhf_jax.data.dataset import PreparedDataset
+from mmrlhf_jax.data.media import decode as decode_picture
+from mmrlhf_jax.data.pipeline import GroupSource
+from mmrlhf_jax.data.rewards import Critiques, GroupReward, content_of, write_readable
+from mmrlhf_jax.groups import Group, Rendered
+from mmrlhf_jax.inference.engine import DecodeConfig, Report, Request, Samples, decode
+from mmrlhf_jax.inference.forward import ForwardConfig, GroupList, forward_rows
+from mmrlhf_jax.inference.generate import stop_tokens
+from mmrlhf_jax.inference.sample import SamplingConfig
+from mmrlhf_jax.models.critique_reward.model import CritiqueReward, read_score, scores
+from mmrlhf_jax.models.critique_reward.render import RewardRenderer, without_critiques
+from mmrlhf_jax.models.llava_onevision.model import Compute
+from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer
+from mmrlhf_jax.training.distributed import is_speaker, wait_for_all
+from mmrlhf_jax.training.model import LoadedModel
+
+Rewards = Iterator[dict[int, GroupReward]]
+FLUSH_SECONDS = 60.0  # a killed run loses at most what it did in this time
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A reward model ready to score: parameters, renderer, and where and how it runs."""
+
+    model: LoadedModel
+    renderer: RewardRenderer | LlavaOnevisionRenderer
+    mesh: Mesh
+    compute: Compute
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What is asked of a reward model, and how it runs. `critiques` None: generated ones of a model that criticises,
+    none of a scalar one."""
+
+    critiques: Critiques | None = None
+    samples: int = 1
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
+    decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
+
+    def of(self, judge: RewardModel) -> Scoring:
+        """With `critiques` settled. Raises ValueError for what the model cannot do, or what would do nothing."""
+        criticises = isinstance(judge.renderer, RewardRenderer)
+        critiques = self.critiques or ("generated" if criticises else "none")
+        if critiques != "none" and not criticises:
+            raise ValueError(f"{judge.renderer.name}: a scalar reward model reads no critiques: use --critiques none")
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}; it must be at least 1")
+        if self.samples > 1 and critiques != "generated":
+            raise ValueError(f"{self.samples} samples of {critiques} critiques are the same: leave out --samples")
+        if self.samples > 1 and self.sampling.temperature == 0:
+            raise ValueError(f"{self.samples} greedy critiques are the same: set --temperature above 0")
+        return dataclasses.replace(self, critiques=critiques)
+
+
+def score_groups(
+    groups: Sequence[Group], judge: RewardModel, scoring: Scoring, progress: Report | None = None
+) -> list[GroupReward]:
+    """The reward of every response of every group, in order. Groups come with the bytes of their pictures.
+
+    Raises ValueError where a group does not fit the model, has no human critique that was asked for, or a score is not
+    finite.
+    """
+    found: dict[int, GroupReward] = {}
+    for rewards in rewards_of(GroupList(tuple(groups)), groups, range(len(groups)), judge, scoring, progress):
+        found |= rewards
+    return [found[row] for row in range(len(groups))]
+
+
+def write_rewards(
+    dataset: PreparedDataset, rows: Collection[int], judge: RewardModel, scoring: Scoring, store: AnnotationStore,
+    progress: Report | None = None,
+) -> int:  # fmt: skip
+    """Stores the reward of each of `rows` that has none yet, and the store's readable file; returns how many it wrote.
+
+    With several processes one writes what all of them are given alike, or each its own rows.
+    """
+    scoring = scoring.of(judge)
+    groups = list(dataset.groups())
+    todo = sorted(set(rows) - store.done())
+    wait_for_all("every process knows what there is to do")
+    pending: dict[int, GroupReward] = {}
+    written = time.monotonic()
+    for rewards in rewards_of(dataset, groups, todo, judge, scoring, progress) if todo else ():
+        pending |= rewards
+        if len(pending) >= scoring.forward.rows_per_part or time.monotonic() - written > FLUSH_SECONDS:
+            _flush(store, groups, pending)
+            written = time.monotonic()
+    _flush(store, groups, pending)
+    wait_for_all("every process has stored its rows")
+    if is_speaker():
+        write_readable(store, dataset)
+    return len(todo)
+
+
+def _flush(store: AnnotationStore, groups: Sequence[Group], pending: dict[int, GroupReward]) -> None:
+    if pending:
+        rows = sorted(pending)
+        arrays = [pending[row].arrays() for row in rows]
+        hashes = [content_of(groups[row], store.key["critiques"]) for row in rows]
+        store.write(rows, hashes, {name: [each[name] for each in arrays] for name in arrays[0]})
+        pending.clear()
+
+
+def rewards_of(
+    source: GroupSource,
+    groups: Sequence[Group],
+    rows: Collection[int],
+    judge: RewardModel,
+    scoring: Scoring,
+    progress: Report | None = None,
+) -> Rewards:
+    """Rewards by row, some at a time; `groups` are all of `source`, whose pictures are read when their turn comes.
+
+    What is yielded on a process is what it is to store: among several, each row on one of them.
+    """
+    scoring = scoring.of(judge)
+    if scoring.critiques == "generated":
+        return _generated(source, groups, rows, judge, scoring, progress)
+    if scoring.critiques == "none":
+        source, groups = _Bare(source), [without_critiques(group) for group in groups]
+    else:
+        _check_reasons([groups[row] for row in rows])
+    return _teacher_forced(source, groups, rows, judge, scoring)
+
+
+@dataclass(frozen=True)
+class _Bare:
+    """A source whose responses come without critiques."""
+
+    source: GroupSource
+
+    @property
+    def path(self) -> str:
+        return self.source.path
+
+    def with_media(self, row: int) -> Group:
+        return without_critiques(self.source.with_media(row))
+
+
+def _check_reasons(groups: Sequence[Group]) -> None:
+    bare = [group for group in groups if any(response.reason is None for response in group.responses)]
+    if bare:
+        where = ", ".join(str(group.origins[0]) if group.origins else group.id for group in bare[:3])
+        raise ValueError(
+            f"{len(bare)} of {len(groups)} groups have a response without a human critique ({where}"
+            f"{', ...' if len(bare) > 3 else ''}): use --critiques generated"
+        )
+
+
+def _teacher_forced(
+    source: GroupSource, groups: Sequence[Group], rows: Collection[int], judge: RewardModel, scoring: Scoring
+) -> Rewards:
+    def read(params: CritiqueReward, batch: GroupBatch) -> jax.Array:
+        return scores(params, judge.model.config, batch, judge.compute)
+
+    forwarded = forward_rows(source, groups, rows, judge.renderer, judge.model, judge.mesh, scoring.forward, read)
+    with tqdm(total=len(rows), unit="group", disable=not is_speaker()) as bar:
+        for batch, values, count, mine in forwarded:
+            out = {}
+            for b, row in enumerate(np.asarray(batch.row).tolist()):
+                if row == EMPTY or row not in mine:
+                    continue
+                responses = groups[row].responses
+                said = tuple((response.reason or "",) for response in responses)
+                found = values[b, : len(responses), None]
+                _check_finite(found, source.path, row)
+                out[row] = GroupReward(found, said, np.ones(found.shape, bool))
+            bar.update(count)
+            yield out
+
+
+def _generated(
+    source: GroupSource,
+    groups: Sequence[Group],
+    rows: Collection[int],
+    judge: RewardModel,
+    scoring: Scoring,
+    progress: Report | None,
+) -> Rewards:
+    renderer = judge.renderer
+    assert isinstance(renderer, RewardRenderer)  # scoring.of has seen to it
+    bare = [without_critiques(group) for group in groups]
+    requests = [
+        Request(renderer.measure(group), partial(_render, _Bare(source), row, renderer), group.content_hash())
+        for row, group in enumerate(bare)
+    ]
+    said = decode(
+        requests,
+        params=judge.model.params,
+        config=judge.model.config,
+        mesh=judge.mesh,
+        compute=judge.compute,
+        sampling=scoring.sampling,
+        run=scoring.decode,
+        samples=scoring.samples,
+        stop=stop_tokens(renderer.policy),
+        closing=renderer.closing,
+        read=read_score,
+        tokens_per_tile=renderer.tokens_per_tile,
+        tile_size=renderer.tile_size,
+        progress=progress,
+        chosen=sorted(rows),
+    )
+    for row, samples in said:
+        if not is_speaker():
+            continue  # every process is given the same, one stores it
+        reward = _reward_of(samples, partial(_text, renderer))
+        _check_finite(reward.scores, source.path, row)
+        yield {row: reward}
+
+
+def _render(source: GroupSource, row: int, renderer: RewardRenderer) -> Rendered:
+    return renderer.render(source.with_media(row), decode_picture)
+
+
+def _text(renderer: RewardRenderer, token: tuple[int, ...]) -> str:
+    return str(renderer.policy.tokenizer.decode(list(token), skip_special_tokens=True))
+
+
+def _reward_of(samples: Samples, text: Callable[[tuple[int, ...]], str]) -> GroupReward:
+    return GroupReward(
+        scores=np.array([[sample.score for sample in each] for each in samples], np.float32),
+        critiques=tuple(tuple(text(sample.token) for sample in each) for each in samples),
+        ended=np.array([[sample.ended for sample in each] for each in samples], bool),
+    )
+
+
+def _check_finite(found: np.ndarray, path: str, row: int) -> None:
+    if not np.isfinite(found).all():
+        raise ValueError(f"{path} row {row}: the model gives non-finite scores; try --dtype float32")
