@@ -5,8 +5,8 @@
     python launch/evaluate.py vl_reward_bench --model MODEL --input test.parquet --output DIR
 
 A table on stdout, DIR/results.json and DIR/rows.jsonl (one line a row of the input). Without --model only the figures
-that need none, and no picture is read. The same command again finds the work done. Exit codes: 0 done, 1 failed, 2 bad
-usage.
+that need none, and no picture is read. One process, with all its devices. The same command again finds the work done.
+Exit codes: 0 done, 1 failed, 2 bad usage.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaRoot
+from mmrlhf_jax.data.rewards import Critiques
 from mmrlhf_jax.data.sources.pictures import PictureStore
 from mmrlhf_jax.evaluation import reward_bench, vl_reward_bench
 from mmrlhf_jax.evaluation.comparisons import (
@@ -35,23 +35,26 @@ from mmrlhf_jax.evaluation.comparisons import (
     Scored,
     as_groups,
     check_reasons,
+    cut_short,
     rewards_of,
     row_records,
     with_pictures,
 )
 from mmrlhf_jax.evaluation.results import Benchmark, figures, find_done, table, write
-from mmrlhf_jax.groups import Group, Renderer
+from mmrlhf_jax.groups import Group
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
+from mmrlhf_jax.inference.forward import ForwardConfig
+from mmrlhf_jax.inference.reward import RewardModel, Scoring, score_groups
 from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.models.critique_reward.render import load_reward_renderer
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-from mmrlhf_jax.training.distributed import check_agreement, is_speaker, join_processes, say
-from mmrlhf_jax.training.model import LoadedModel, absolute, check_family, load_model, model_fingerprint
+from mmrlhf_jax.training.model import absolute, check_family, load_model, model_fingerprint
 from mmrlhf_jax.training.recipe import INFERENCE
 from mmrlhf_jax.training.runtime import set_up_jax
 
+READERS = 4  # threads that read and decode pictures
 BENCHMARKS = {one.name: one for one in (reward_bench.BENCHMARK, vl_reward_bench.BENCHMARK)}
 
 
@@ -65,14 +68,13 @@ class Arguments:
     """a reward model: a Hugging Face directory, a hub id, or a RUN; without one only what needs none is computed"""
     media: str | None = None
     """root of all picture and video paths; paths that leave it are refused. Pictures that stand in rows need none."""
-    critiques: Literal["generated", "human", "none"] = "generated"
-    """what a score rests on: the model's own critiques, the file's reasons, or no critique"""
+    critiques: Critiques | None = None
+    """which critiques the scores are read behind. generated: the model's own (the default, of a model that writes any);
+    human: the file's reasons; none: without (the default of a scalar model)"""
     samples: int = 1
-    """generated critiques of each answer, whose scores are averaged"""
+    """critiques generated of each answer; the score is the mean of theirs"""
     template: str = ""
-    """the template file of a model that does not bring its own: MM-RLHF's released reward model"""
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """how critiques are generated"""
+    """file with the template of a reward model that does not bring its own"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """of activations and matrix products"""
     attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -80,10 +82,11 @@ class Arguments:
     """vocabulary rows whose logits exist at once"""
     max_frames: int = MAX_FRAMES
     """refuse directories of frames that hold more"""
-    workers: int = 4
-    """threads that read and decode pictures"""
     render: RenderOptions = field(default_factory=RenderOptions)
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = field(default_factory=SamplingConfig)
+    forward: Annotated[ForwardConfig, tyro.conf.arg(name="")] = field(default_factory=ForwardConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """how critiques are generated; changes none of them"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
@@ -115,19 +118,21 @@ def main() -> None:
             rows = benchmark.read(chosen.input, _store(folder))
         _finish(chosen, benchmark, settings, rows, None)
         return
-    join_processes()
     set_up_jax(chosen.dtype)
     _with_model(chosen, benchmark, settings)
 
 
 def _check(arguments: Arguments) -> None:
-    for name in ("samples", "max_frames", "workers", "vocab_chunk"):
+    for name in ("samples", "max_frames", "vocab_chunk"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is not positive")
-    if arguments.samples > 1 and arguments.critiques != "generated":
-        raise UsageError(f"--samples {arguments.samples} needs --critiques generated: there is one score to read")
-    if arguments.samples > 1 and not arguments.sampling.temperature:
-        raise UsageError(f"--samples {arguments.samples} at temperature 0 are all the same: set --sampling.temperature")
+    if arguments.model is None:
+        bare = Arguments(arguments.input, arguments.output)
+        changed = [
+            one.name for one in dataclasses.fields(bare) if getattr(arguments, one.name) != getattr(bare, one.name)
+        ]
+        if changed:
+            raise UsageError(f"--{changed[0].replace('_', '-')} (or one of its fields) is for --model")
 
 
 def _settings(arguments: Arguments, benchmark: Benchmark) -> dict[str, Any]:
@@ -139,15 +144,22 @@ def _settings(arguments: Arguments, benchmark: Benchmark) -> dict[str, Any]:
     }
     if arguments.model is None:
         return settings
-    generated = arguments.critiques == "generated"
     media = arguments.media
-    return settings | {
-        "media": media if media is None or storage.is_remote(media) else os.path.abspath(media),
-        "critiques": arguments.critiques,
-        "samples": arguments.samples if generated else None,
-        "sampling": dataclasses.asdict(arguments.sampling) if generated else None,
-        "dtype": arguments.dtype,
-        "max_frames": arguments.max_frames,
+    settings["media"] = media if media is None or storage.is_remote(media) else os.path.abspath(media)
+    if arguments.critiques is not None:
+        settings["critiques"] = arguments.critiques
+    return settings | {"dtype": arguments.dtype}
+
+
+def _settings_of_model(judge: RewardModel, scoring: Scoring) -> dict[str, Any]:
+    """What else they depend on. Batches, meshes and attention change nothing beyond rounding."""
+    generated = scoring.critiques == "generated"
+    return {
+        "critiques": scoring.critiques,
+        "samples": scoring.samples,
+        "sampling": dataclasses.asdict(scoring.sampling) if generated else None,
+        "model_fingerprint": model_fingerprint(judge.model.config, judge.model.params),
+        "renderer_fingerprint": judge.renderer.fingerprint,
     }
 
 
@@ -168,21 +180,18 @@ def _store(folder: str) -> PictureStore:
 
 def _with_model(arguments: Arguments, benchmark: Benchmark, settings: dict[str, Any]) -> None:
     there = find_done(arguments.output, settings) is not None  # other settings are told before a model is loaded
-    # hosts without a common disk could find different things there, and wait for each other for ever
-    check_agreement("state of --output", str(there))
     # bad pictures too are told before a model is loaded, which may take minutes
     rows, groups, places = ((), [], []) if there else _read_with_pictures(arguments, benchmark)
-    mesh = make_mesh(arguments.mesh)
-    model = _model(arguments, mesh)
-    renderer = load_reward_renderer(str(model.assets), arguments.render, template=arguments.template)
-    settings |= {
-        "model_fingerprint": model_fingerprint(model.config, model.params),
-        "renderer_fingerprint": renderer.fingerprint,
-    }
+    judge = _judge(arguments)
+    scoring = Scoring(
+        arguments.critiques, arguments.samples, arguments.sampling, arguments.forward, arguments.decode
+    ).of(judge)
+    settings |= _settings_of_model(judge, scoring)
     if there:
-        _show_done(arguments, benchmark, settings)  # or says that the model is another by now
+        _show_done(arguments, benchmark, settings)  # or says what is different by now
         return
-    scored = _score(arguments, groups, model, renderer, mesh)
+    with progress_bar(shown=scoring.critiques == "generated") as progress:
+        scored = score_groups(groups, judge, scoring, progress)
     _finish(arguments, benchmark, settings, rows, (places, scored))
 
 
@@ -198,17 +207,26 @@ def _read_with_pictures(
             groups,
             _media_root(arguments),
             MediaRoot(folder),
-            workers=arguments.workers,
-            progress=lambda items, total: tqdm(items, desc="media", total=total, disable=not is_speaker()),
+            workers=READERS,
+            progress=lambda items, total: tqdm(items, desc="media", total=total),
         )
     return rows, with_bytes, places
 
 
-def _model(arguments: Arguments, mesh: Mesh) -> LoadedModel:
+def _judge(arguments: Arguments) -> RewardModel:
     assert arguments.model is not None
-    return check_family(
-        load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE), arguments.model, reward=True
+    mesh = make_mesh(arguments.mesh)
+    model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
+    check_family(model, arguments.model, reward=True)
+    renderer = load_reward_renderer(str(model.assets), arguments.render, template=arguments.template)
+    compute = Compute(
+        dtype=arguments.dtype,
+        platform=mesh.devices.flat[0].platform,
+        attention=arguments.attention,
+        vocab_chunk=arguments.vocab_chunk,
+        vocab_shards=mesh.shape["tensor"],
     )
+    return RewardModel(model, renderer, mesh, compute)
 
 
 def _media_root(arguments: Arguments) -> MediaRoot | None:
@@ -220,36 +238,11 @@ def _media_root(arguments: Arguments) -> MediaRoot | None:
     return MediaRoot(arguments.media, max_frames=arguments.max_frames, video_frames=arguments.render.frames)
 
 
-def _score(
-    arguments: Arguments, groups: Sequence[Group], model: LoadedModel, renderer: Renderer, mesh: Mesh
-) -> Sequence[Scored]:
-    from mmrlhf_jax.inference.reward import score_groups
-
-    with progress_bar(shown=is_speaker()) as progress:
-        return score_groups(
-            groups,
-            model=model,
-            renderer=renderer,
-            mesh=mesh,
-            compute=Compute(
-                dtype=arguments.dtype,
-                platform=mesh.devices.flat[0].platform,
-                attention=arguments.attention,
-                vocab_chunk=arguments.vocab_chunk,
-                vocab_shards=mesh.shape["tensor"],
-            ),
-            critiques=arguments.critiques,
-            samples=arguments.samples,
-            sampling=arguments.sampling,
-            run=arguments.decode,
-            progress=progress,
-        )
-
-
 def _show_done(arguments: Arguments, benchmark: Benchmark, settings: dict[str, Any]) -> bool:
     found = find_done(arguments.output, settings)
     if found is not None:
-        _say(arguments, f"done already: {arguments.output}", *table(benchmark, found["systems"], found["remarks"]))
+        lines = table(benchmark, found["systems"], found["remarks"])
+        print("\n".join([f"done already: {arguments.output}", *lines]))
     return found is not None
 
 
@@ -262,18 +255,11 @@ def _finish(
 ) -> None:
     places, scored = scores or (as_groups(rows, human=False)[1], None)
     rewards = None if scored is None else rewards_of(rows, places, scored)
-    systems, remarks = figures(benchmark, rows, rewards), benchmark.remarks(rows)
-    if arguments.model is None or is_speaker():
-        results = {"benchmark": benchmark.title, "settings": settings, "remarks": remarks, "systems": systems}
-        write(arguments.output, results, row_records(rows, places, scored))
-    _say(arguments, *table(benchmark, systems, remarks), f"rows and figures: {arguments.output}")
-
-
-def _say(arguments: Arguments, *lines: str) -> None:
-    if arguments.model is None:  # no processes to choose a speaker from
-        print("\n".join(lines))
-    else:
-        say(*lines)
+    systems = figures(benchmark, rows, rewards)
+    remarks = [*benchmark.remarks(rows), *([] if scored is None else cut_short(scored))]
+    results = {"benchmark": benchmark.title, "settings": settings, "remarks": remarks, "systems": systems}
+    write(arguments.output, results, row_records(rows, places, scored))
+    print("\n".join([*table(benchmark, systems, remarks), f"rows and figures: {arguments.output}"]))
 
 
 if __name__ == "__main__":

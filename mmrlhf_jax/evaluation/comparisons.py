@@ -51,7 +51,7 @@ class Place:
 
 
 class Scored(Protocol):
-    """What a reward model says of a group, as `inference.reward.GroupReward` has it."""
+    """What a reward model says of a group, as `data.rewards.GroupReward` has it."""
 
     @property
     def score(self) -> Sequence[float]:
@@ -59,7 +59,11 @@ class Scored(Protocol):
 
     @property
     def critiques(self) -> Sequence[Sequence[str]]:
-        """The critiques each response's score rests on; none where it was scored without."""
+        """The critiques each response's score rests on; empty texts where it was scored without."""
+
+    @property
+    def ended(self) -> Any:
+        """bool [K, n]: whether the model closed each of them itself, rather than being cut short."""
 
 
 def read_comparisons(file: str, check: Callable[[Row], Comparison]) -> tuple[Comparison, ...]:
@@ -206,6 +210,14 @@ def lengths_of(rows: Sequence[Comparison]) -> np.ndarray:
 def right(rewards: np.ndarray) -> np.ndarray:
     """bool [rows]: the chosen answer has the higher reward. Equal rewards are wrong, as in the released scorers."""
     return rewards[:, 0] > rewards[:, 1]
+
+
+def cut_short(scored: Sequence[Scored]) -> list[str]:
+    """A remark on critiques that the model was not allowed to end, where there are any."""
+    ended = [bool(one) for group in scored for one in np.ravel(group.ended)]
+    if all(ended):
+        return []
+    return [f"{ended.count(False)} of {len(ended)} critiques were cut short: raise --max-new-tokens"]
 
 
 def row_records(

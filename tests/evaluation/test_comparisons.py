@@ -15,6 +15,7 @@ from mmrlhf_jax.evaluation.comparisons import (
     Comparison,
     as_groups,
     check_reasons,
+    cut_short,
     rewards_of,
     row_records,
     with_pictures,
@@ -26,6 +27,7 @@ from mmrlhf_jax.groups import Media, Origin
 class Said:
     score: tuple[float, ...]
     critiques: tuple[tuple[str, ...], ...]
+    ended: tuple[tuple[bool, ...], ...] = ()
 
 
 def comparison(line: int, chosen: str, rejected: str, **changes: object) -> Comparison:
@@ -96,6 +98,12 @@ def test_a_score_that_is_no_number_is_no_wrong_answer_but_an_error():
     _, places = as_groups(ROWS[:2], human=False)
     with pytest.raises(BenchmarkError, match=r"1 row cannot be scored: try --dtype float32\n  b.jsonl:2: .* nan"):
         rewards_of(ROWS[:2], places, [Said((1.0, 0.0, float("nan")), ((), (), ()))])
+
+
+def test_critiques_that_were_cut_short_are_told():
+    whole, cut = Said((), (), ((True, True), (True, True))), Said((), (), ((True, False),))
+    assert cut_short([whole]) == []
+    assert cut_short([whole, cut]) == ["1 of 6 critiques were cut short: raise --max-new-tokens"]
 
 
 def test_missing_reasons_are_named_by_row():

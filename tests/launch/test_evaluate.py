@@ -80,8 +80,9 @@ def test_pictures_in_a_parquet_file_need_no_place(tmp_path):
     ("more", "status", "message"),
     [
         (["--samples", "0"], 2, "--samples 0 is not positive"),
-        (["--samples", "4", "--critiques", "none"], 2, "--samples 4 needs --critiques generated"),
-        (["--samples", "4"], 2, "--samples 4 at temperature 0 are all the same"),
+        (["--critiques", "none"], 2, "--critiques (or one of its fields) is for --model"),
+        (["--temperature", "1"], 2, "--sampling (or one of its fields) is for --model"),
+        (["--media", "there"], 2, "--media (or one of its fields) is for --model"),
         (["--model", "m", "--critiques", "human"], 1, "no chosen_reason"),
         (["--model", "m"], 1, "give their root with --media"),
         (["--model", "m", "--media", "nowhere"], 1, "nowhere is not a directory: correct --media"),
