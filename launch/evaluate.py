@@ -34,6 +34,7 @@ from mmrlhf_jax.evaluation.comparisons import (
     Place,
     Scored,
     as_groups,
+    check_lengths,
     check_reasons,
     cut_short,
     rewards_of,
@@ -46,7 +47,7 @@ from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
 from mmrlhf_jax.inference.forward import ForwardConfig
 from mmrlhf_jax.inference.reward import RewardModel, Scoring, score_groups
 from mmrlhf_jax.inference.sample import SamplingConfig
-from mmrlhf_jax.models.critique_reward.render import load_reward_renderer
+from mmrlhf_jax.models.critique_reward.render import RewardRenderer, load_reward_renderer
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
@@ -190,7 +191,10 @@ def _with_model(arguments: Arguments, benchmark: Benchmark, settings: dict[str, 
     if there:
         _show_done(arguments, benchmark, settings)  # or says what is different by now
         return
-    with progress_bar(shown=scoring.critiques == "generated") as progress:
+    generated = scoring.critiques == "generated"
+    closing = len(judge.renderer.closing) if isinstance(judge.renderer, RewardRenderer) else 0
+    check_lengths(groups, judge.renderer, (arguments.sampling.max_new_tokens + closing) * generated)
+    with progress_bar(shown=generated) as progress:
         scored = score_groups(groups, judge, scoring, progress)
     _finish(arguments, benchmark, settings, rows, (places, scored))
 

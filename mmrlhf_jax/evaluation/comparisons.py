@@ -18,7 +18,7 @@ from mmrlhf_jax.command import one_line
 from mmrlhf_jax.data.media import MediaError, MediaRoot, verify_media
 from mmrlhf_jax.data.sources.pictures import is_embedded
 from mmrlhf_jax.data.sources.rows import Rejected, Row, RowError, read_rows
-from mmrlhf_jax.groups import Group, Media, Origin, Response, Turn
+from mmrlhf_jax.groups import Group, Media, Origin, Renderer, Response, Turn
 
 SHOWN = 20  # bad rows in one message
 
@@ -184,6 +184,20 @@ def _proven(media: Media, root: MediaRoot | None) -> Any:
         return str(error)
     except OSError as error:
         return f"{media.path!r} cannot be read: {error}"
+
+
+def check_lengths(groups: Sequence[Group], renderer: Renderer, to_come: int) -> None:
+    """Raises BenchmarkError listing the rows that, with `to_come` tokens of a critique, are too long for the model."""
+    bad = []
+    for group in groups:
+        lengths = renderer.measure(group)
+        tokens = lengths.prompt + max(lengths.responses) + to_come
+        if tokens > renderer.max_positions:
+            reason = f"{tokens} tokens (prompt {lengths.prompt}, {to_come} to come)"
+            bad += [Rejected(origin, reason) for origin in group.origins]
+    _refuse(
+        bad, f"the model takes {renderer.max_positions} tokens and nothing is cut; a video gets by with fewer frames"
+    )
 
 
 def rewards_of(rows: Sequence[Comparison], places: Sequence[Place], scored: Sequence[Scored]) -> np.ndarray:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_samples import picture, write_media
+from data_samples import WordCounter, picture, write_media
 
 from mmrlhf_jax.data.media import MediaRoot
 from mmrlhf_jax.evaluation.comparisons import (
     BenchmarkError,
     Comparison,
     as_groups,
+    check_lengths,
     check_reasons,
     cut_short,
     rewards_of,
@@ -117,6 +118,17 @@ def test_missing_reasons_are_named_by_row():
         "  b.jsonl:6: no chosen_reason",
         "  b.jsonl:6: no rejected_reason",
     ]
+
+
+def test_rows_that_are_too_long_for_the_model_are_listed():
+    renderer = WordCounter()
+    renderer.max_positions = 6
+    groups, _ = as_groups([ROWS[0], comparison(2, "a b c", "d", id="r")], human=False)  # 1 + 1 and 1 + 3 words
+    check_lengths(groups, renderer, 2)
+    with pytest.raises(
+        BenchmarkError, match=r"^1 row cannot(.|\n)*takes 6 tokens(.|\n)*2: 7 tokens \(prompt 1, 3 to come"
+    ):
+        check_lengths(groups, renderer, 3)
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

@@ -30,6 +30,12 @@ def test_what_was_written_is_found_again(tmp_path: Path):
     assert find_done(output, {**SETTINGS, "fingerprint": "x"}) is not None
 
 
+def test_output_may_be_on_a_bucket(gs: str):
+    assert find_done(f"{gs}/out", SETTINGS) is None
+    write(f"{gs}/out", results(), [{"id": "a"}])
+    assert find_done(f"{gs}/out", SETTINGS) is not None
+
+
 def test_other_settings_in_the_same_place_are_refused_by_name(tmp_path: Path):
     write(str(tmp_path), results(), [])
     with pytest.raises(BenchmarkError, match=r"holds the results of other settings(.|\n)*model: there '/m', now '/n'$"):
