@@ -1,25 +1,24 @@
 """One forward over groups, without gradient, and something read from each: log-probs, scores.
 
-Every group once, in bucket-homogeneous micro-batches. With several processes each feeds the rows its devices hold and
-hands out those it is to store.
+Every group once, in bucket-homogeneous micro-batches; with several processes each feeds the rows its devices hold.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mmrlhf_jax.batch import EMPTY, GroupBatch
 from mmrlhf_jax.data.buckets import MAX_BUCKETS, MULTIPLE, plan_buckets
-from mmrlhf_jax.data.pipeline import GroupSource, Loader, Selection, measure, micro_batches, reading_plan, select
+from mmrlhf_jax.data.pipeline import GroupSource, Items, Loader, Selection, measure, micro_batches, reading_plan, select
+from mmrlhf_jax.data.plan import MicroBatch
 from mmrlhf_jax.groups import Group, Renderer
-from mmrlhf_jax.nn.sharding import BATCH_AXES, BatchShare, batch_sharding, batch_share
+from mmrlhf_jax.nn.sharding import BatchShare, batch_sharding, batch_share, replicated
 from mmrlhf_jax.training.model import LoadedModel
 from mmrlhf_jax.training.runtime import to_devices
 
@@ -59,43 +58,66 @@ class GroupList:
         return self.groups[row]
 
 
-def forward_rows(
-    source: GroupSource,
-    groups: Sequence[Group],
-    rows: Collection[int],
-    renderer: Renderer,
-    model: LoadedModel,
-    mesh: Mesh,
-    config: ForwardConfig,
-    read: Callable[[Any, GroupBatch], jax.Array],
-) -> Iterator[Forwarded]:
-    """`read(params, batch)` -> [B, ...] of every group of `rows`; `groups` are all of `source`, without pictures.
+@dataclass(frozen=True)
+class Forward:
+    """One forward over the groups of a source: what is read, by what, where. `groups` are all of `source`, without
+    pictures: shapes are planned over all of them, so that a resumed run compiles what the first one did."""
 
-    Shapes are planned over all of them, so that a resumed run compiles what the first one did. Raises ValueError where
-    a group is too long for the model.
+    source: GroupSource
+    groups: Sequence[Group]
+    renderer: Renderer
+    model: LoadedModel
+    mesh: Mesh
+    config: ForwardConfig
+    read: Callable[[Any, GroupBatch], jax.Array]
+    """(params, batch) -> [B, ...]"""
+
+
+def forward_parts(forward: Forward, rows: Collection[int]) -> Iterator[Forwarded]:
+    """Every group of `rows`, each process's own part of a batch, for values too large to be everywhere.
+
+    Raises ValueError where a group is too long for the model.
     """
-    selection = Selection(preferences=False)
-    items = select(groups, measure(groups, renderer), selection)
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    share, written = batch_share(forward.mesh), written_parts(forward.mesh)
+    for micro, batch, _, values in _walk(forward, rows, batch_sharding(forward.mesh)):
+        each = len(batch.row) // len(share.parts)
+        mine = {int(row) for i, row in enumerate(batch.row) if share.parts[i // each] in written} - {EMPTY}
+        yield Forwarded(batch, _local(values, share), sum(item != EMPTY for item in micro.items), frozenset(mine))
+
+
+def forward_everywhere(forward: Forward, rows: Collection[int]) -> Iterator[dict[int, np.ndarray]]:
+    """What is read of every group of `rows`, by row, a batch at a time, the same on every process.
+
+    Raises ValueError where a group is too long for the model.
+    """
+    for micro, _, items, values in _walk(forward, rows, replicated(forward.mesh)):
+        whole = np.asarray(values)
+        yield {items.items[item].row: whole[b] for b, item in enumerate(micro.items) if item != EMPTY}
+
+
+def _walk(
+    forward: Forward, rows: Collection[int], placed: NamedSharding
+) -> Iterator[tuple[MicroBatch, GroupBatch, Items, jax.Array]]:
+    config, mesh, selection = forward.config, forward.mesh, Selection(preferences=False)
+    items = select(forward.groups, measure(forward.groups, forward.renderer), selection)
+    share = batch_share(mesh)
     buckets = plan_buckets(
         items.lengths,
         max_buckets=config.max_buckets,
         multiple=config.multiple,
         slots_per_shard=config.slots_per_device,
-        shards=shards,
+        shards=share.of,
         groups_per_step=len(items.items),
-        tile_cost=4 * model.config.tile_cost,  # a forward alone: the tower is no longer the cheap part
+        tile_cost=4 * forward.model.config.tile_cost,  # a forward alone: the tower is no longer the cheap part
     )
     plan = reading_plan(items, buckets.buckets, buckets.assignment, sorted(rows))
-    share, written = batch_share(mesh), written_parts(mesh)
-    loader = Loader(source, renderer, items.items, buckets.buckets, selection, items.responses, share=share.rows)
-    compiled = jax.jit(read, out_shardings=batch_sharding(mesh))
+    loader = Loader(
+        forward.source, forward.renderer, items.items, buckets.buckets, selection, items.responses, share=share.rows
+    )
+    compiled = jax.jit(forward.read, out_shardings=placed)
     with jax.set_mesh(mesh):
         for micro, batch in micro_batches(plan, loader, workers=config.workers):
-            values = _local(compiled(model.params, to_devices(batch, mesh)), share)
-            each = len(batch.row) // len(share.parts)
-            mine = {int(row) for i, row in enumerate(batch.row) if share.parts[i // each] in written} - {EMPTY}
-            yield Forwarded(batch, values, sum(item != EMPTY for item in micro.items), frozenset(mine))
+            yield micro, batch, items, compiled(forward.model.params, to_devices(batch, mesh))
 
 
 def written_parts(mesh: Mesh) -> set[int]:

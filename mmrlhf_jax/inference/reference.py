@@ -16,7 +16,7 @@ from mmrlhf_jax.batch import EMPTY, GroupBatch
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.groups import Group, Renderer
-from mmrlhf_jax.inference.forward import ForwardConfig, forward_rows
+from mmrlhf_jax.inference.forward import Forward, ForwardConfig, forward_parts
 from mmrlhf_jax.models.llava_onevision.model import Compute, LlavaOnevision, response_logps
 from mmrlhf_jax.training.distributed import is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
@@ -42,9 +42,9 @@ def write_reference_logps(
         return response_logps(params, model.config, batch, compute).logp
 
     pending: dict[int, np.ndarray] = {}
-    forwarded = forward_rows(dataset, groups, todo, renderer, model, mesh, config, logps)
+    forward = Forward(dataset, groups, renderer, model, mesh, config, logps)
     with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="group", disable=not is_speaker()) as bar:
-        for batch, logp, count, mine in forwarded if todo else ():
+        for batch, logp, count, mine in forward_parts(forward, todo) if todo else ():
             found = split_rows(logp, batch, dataset.path)
             pending.update({row: values for row, values in found.items() if row in mine})
             bar.update(count)

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mmrlhf_jax.batch import EMPTY, GroupBatch
+from mmrlhf_jax.batch import GroupBatch
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.media import decode as decode_picture
@@ -29,7 +29,7 @@ from mmrlhf_jax.data.pipeline import GroupSource
 from mmrlhf_jax.data.rewards import Critiques, GroupReward, content_of, write_readable
 from mmrlhf_jax.groups import Group, Rendered
 from mmrlhf_jax.inference.engine import DecodeConfig, Report, Request, Samples, decode
-from mmrlhf_jax.inference.forward import ForwardConfig, GroupList, forward_rows
+from mmrlhf_jax.inference.forward import Forward, ForwardConfig, GroupList, forward_everywhere
 from mmrlhf_jax.inference.generate import stop_tokens
 from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.models.critique_reward.model import CritiqueReward, read_score, scores
@@ -98,9 +98,7 @@ def write_rewards(
     progress: Report | None = None,
 ) -> int:  # fmt: skip
     """Stores the reward of each of `rows` that has none yet, and the store's readable file; returns how many it wrote.
-
-    With several processes one writes what all of them are given alike, or each its own rows.
-    """
+    Among several processes the speaker writes."""
     scoring = scoring.of(judge)
     groups = list(dataset.groups())
     todo = sorted(set(rows) - store.done())
@@ -120,12 +118,12 @@ def write_rewards(
 
 
 def _flush(store: AnnotationStore, groups: Sequence[Group], pending: dict[int, GroupReward]) -> None:
-    if pending:
+    if pending and is_speaker():
         rows = sorted(pending)
         arrays = [pending[row].arrays() for row in rows]
         hashes = [content_of(groups[row], store.key["critiques"]) for row in rows]
         store.write(rows, hashes, {name: [each[name] for each in arrays] for name in arrays[0]})
-        pending.clear()
+    pending.clear()
 
 
 def rewards_of(
@@ -136,10 +134,8 @@ def rewards_of(
     scoring: Scoring,
     progress: Report | None = None,
 ) -> Rewards:
-    """Rewards by row, some at a time; `groups` are all of `source`, whose pictures are read when their turn comes.
-
-    What is yielded on a process is what it is to store: among several, each row on one of them.
-    """
+    """Rewards by row, some at a time, the same on every process; `groups` are all of `source`, whose pictures are read
+    when their turn comes."""
     scoring = scoring.of(judge)
     if scoring.critiques == "generated":
         return _generated(source, groups, rows, judge, scoring, progress)
@@ -180,20 +176,19 @@ def _teacher_forced(
     def read(params: CritiqueReward, batch: GroupBatch) -> jax.Array:
         return scores(params, judge.model.config, batch, judge.compute)
 
-    forwarded = forward_rows(source, groups, rows, judge.renderer, judge.model, judge.mesh, scoring.forward, read)
+    forward = Forward(source, groups, judge.renderer, judge.model, judge.mesh, scoring.forward, read)
     with tqdm(total=len(rows), unit="group", disable=not is_speaker()) as bar:
-        for batch, values, count, mine in forwarded:
-            out = {}
-            for b, row in enumerate(np.asarray(batch.row).tolist()):
-                if row == EMPTY or row not in mine:
-                    continue
-                responses = groups[row].responses
-                said = tuple((response.reason or "",) for response in responses)
-                found = values[b, : len(responses), None]
-                _check_finite(found, source.path, row)
-                out[row] = GroupReward(found, said, np.ones(found.shape, bool))
-            bar.update(count)
-            yield out
+        for found in forward_everywhere(forward, rows):
+            bar.update(len(found))
+            yield {row: _read_at_ends(groups[row], score, source.path, row) for row, score in found.items()}
+
+
+def _read_at_ends(group: Group, score: np.ndarray, path: str, row: int) -> GroupReward:
+    """The reward of a group from its row of scores [K], garbage behind its responses."""
+    k = len(group.responses)
+    scores = score[:k, None]
+    _check_finite(scores, path, row)
+    return GroupReward(scores, tuple((r.reason or "",) for r in group.responses), np.ones((k, 1), bool))
 
 
 def _generated(
@@ -229,8 +224,6 @@ def _generated(
         chosen=sorted(rows),
     )
     for row, samples in said:
-        if not is_speaker():
-            continue  # every process is given the same, one stores it
         reward = _reward_of(samples, partial(_text, renderer))
         _check_finite(reward.scores, source.path, row)
         yield {row: reward}
