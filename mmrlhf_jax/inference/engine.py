@@ -200,7 +200,10 @@ def decode(
         )
         with ThreadPoolExecutor(run.workers) as pool:
             host = _Bucket(requests, mine, bucket, shape, mesh, params, sampling.seed, pool, tile)
-            yield from _decode_bucket(host, run.steps, tally)
+            try:
+                yield from _decode_bucket(host, run.steps, tally)
+            finally:  # also where the consumer has had enough, or a request cannot be rendered
+                host.cancel()
 
 
 def _check(requests: Sequence[Request], most: int, said: int) -> None:
@@ -278,6 +281,10 @@ class _Bucket:
             for index in list(self.queues[shard])[:_AHEAD]:
                 if index not in self.rendering:
                     self.rendering[index] = self.pool.submit(self.requests[index].render)
+
+    def cancel(self) -> None:
+        for future in self.rendering.values():
+            future.cancel()
 
     def rendered(self, index: int) -> Rendered:
         found = self.rendering.pop(index).result()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import re
 
 import jax
 import numpy as np
@@ -12,12 +13,15 @@ import pytest
 from random_groups import rendered
 from tiny import TINY, random_params
 
-from mmrlhf_jax.groups import Branch, Rendered
-from mmrlhf_jax.inference.decoding import Shape, blank, programs
+from mmrlhf_jax.batch import Entry, Totals, pack
+from mmrlhf_jax.groups import Branch, Bucket, Rendered
+from mmrlhf_jax.inference.decoding import Arrivals, Shape, blank, programs
 from mmrlhf_jax.inference.engine import DecodeConfig, Progress, Request, decode, with_forced_prefix
 from mmrlhf_jax.inference.sample import SamplingConfig
-from mmrlhf_jax.models.llava_onevision.model import Compute
-from mmrlhf_jax.nn.sharding import MeshConfig, make_mesh
+from mmrlhf_jax.models.llava_onevision.model import Compute, declare
+from mmrlhf_jax.nn import params as nn_params
+from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
+from mmrlhf_jax.training.runtime import to_devices
 
 STOP = tuple(range(5, 320, 20))
 RUN = DecodeConfig(branches_per_device=2, max_buckets=1, multiple=16)
@@ -93,6 +97,33 @@ def test_a_step_copies_no_prefix_to_a_branch():
     assert memory.alias_size_in_bytes >= held(big)  # the state is updated in place
     scores = 16 * TINY.decoder.heads * 4096 * 4
     assert memory.temp_size_in_bytes < 3 * scores + 2 * prefix
+
+
+def test_every_device_holds_its_rows_and_heads_and_never_more():
+    """On 2 x 2 x 2 devices no keys or values of either program are more than a device's share of them."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    split = shape(shards=4, rows=2, slots=2, prefix=4096 + 512, sampling=SamplingConfig(8))
+    params = jax.tree.map(jax.device_put, random_params(), nn_params.shardings(declare(TINY), mesh, ShardingRules()))
+    made = programs(split, mesh)
+    nothing = Entry(0, group(0, (1,) * 4), np.zeros((4, 4)), np.zeros((4, 4)), np.zeros(4), np.zeros(4))
+    batch = pack(
+        [nothing] * 4, Bucket(4, 1, 4096, 512), Totals(1, 1, 1, 1), responses=4,
+        tokens_per_tile=TINY.tokens_per_tile, tile_size=TINY.tower.image_size,
+    )  # fmt: skip
+    each = np.zeros((4, 4), np.int32)
+    arrivals = Arrivals(each[0], np.zeros((4, 2), np.uint32), each, each, each[0])
+    with jax.set_mesh(mesh):
+        state = made.blank()
+        admit = made.admit.lower(params, state, *to_devices((batch, arrivals), mesh))
+        run = made.run.lower(params, state, *to_devices((np.zeros(4, bool), np.int32(1), np.int32(1)), mesh))
+    share = state.cache.prefix_key.addressable_shards[0].data.shape
+    assert share == (TINY.decoder.layers, 2, 1, 4608, 8)
+    for lowered in (admit, run):
+        shapes = {
+            tuple(map(int, found.split(","))) for found in re.findall(r"f32\[([\d,]+)\]", lowered.compile().as_text())
+        }
+        caches = [math.prod(found) for found in shapes if {4608, TINY.decoder.head_dim} <= set(found)]
+        assert max(caches) == math.prod(share)
 
 
 def test_a_finished_branch_makes_room_for_the_next_at_once():

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -70,8 +71,14 @@ def answers(groups: list[Group], renderer, model, sampling=GREEDY, run=RUN, mesh
     return [answer for (answer,) in answers_in_order(found)]
 
 
+@jax.jit
+def next_token(params, batch, slot) -> jax.Array:
+    hidden = hidden_states(params, SMALL, batch, Compute())
+    return jnp.argmax(hidden[0, batch.predictor[0, slot]] @ qwen2.unembedding(params.decoder, hidden.dtype).T)
+
+
 def by_full_forwards(group: Group, renderer, model, stop: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """The same without anything clever: for each token a batch of its own, padded to its own length."""
+    """The same without anything clever: a forward over prompt and answer so far for each token."""
     said: list[int] = []
     bare = renderer.render(dataclasses.replace(group, responses=(Response(""),)), decode)
     none = np.zeros((1, 1), np.float32)
@@ -80,15 +87,13 @@ def by_full_forwards(group: Group, renderer, model, stop: tuple[int, ...], most:
         rendered = dataclasses.replace(bare, branches=(Branch(so_far, np.ones(len(so_far), np.float32)),))
         batch = pack(
             [Entry(0, rendered, none, none, np.zeros(1, np.int32), none[0])],
-            Bucket(1, len(bare.tiles), len(bare.prompt), len(so_far)),
+            Bucket(1, 3, 128, most),
             Totals(1.0, 1.0, 1.0, 1.0),
             responses=1,
             tokens_per_tile=renderer.tokens_per_tile,
             tile_size=renderer.tile_size,
         )
-        hidden = hidden_states(model.params, model.config, batch, Compute())
-        logits = hidden[0, batch.predictor[0, -1]] @ qwen2.unembedding(model.params.decoder, hidden.dtype).T
-        said.append(int(np.argmax(logits)))
+        said.append(int(next_token(model.params, batch, len(said))))
         if said[-1] in stop:
             return tuple(said[:-1])
     return tuple(said)

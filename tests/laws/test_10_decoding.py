@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_groups import rendered
+from small_world import ROOT, run_hosts
 from tiny import TINY, random_params, write_tiny_directory
 from torchvision_shim import mend_torchvision
 from transformers_peer import group_of, image, load_processor, processed, video
@@ -44,8 +46,7 @@ def weights(seed: int = 3):
     return dataclasses.replace(params, decoder=dataclasses.replace(params.decoder, unembedding=table))
 
 
-@pytest.fixture(scope="module")
-def groups() -> list[Rendered]:
+def made_groups() -> list[Rendered]:
     """A picture, text alone and two pictures, with 4, 4 and 2 forced prefixes of many lengths."""
     rng = np.random.default_rng(0)
     return [
@@ -55,15 +56,25 @@ def groups() -> list[Rendered]:
     ]
 
 
-def said(groups: list[Rendered], sampling: SamplingConfig, run: DecodeConfig = RUN, mesh=None, **changes):
-    """What `decode` yields, in order."""
+@pytest.fixture(scope="module")
+def groups() -> list[Rendered]:
+    return made_groups()
+
+
+def said(groups: list[Rendered], sampling: SamplingConfig, run=RUN, mesh=None, rendering=None, **changes):
+    """What `decode` yields, in order; which groups it asks for is appended to `rendering`."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    placed = nn_params.shardings(declare(TINY), mesh, ShardingRules())
-    requests = [Request(group.lengths, lambda group=group: group, str(len(group.prompt))) for group in groups]
+
+    def render(index: int) -> Rendered:
+        if rendering is not None:
+            rendering.append(index)
+        return groups[index]
+
+    requests = [Request(g.lengths, partial(render, i), str(len(g.prompt))) for i, g in enumerate(groups)]
     settings = {"samples": SAMPLES, "closing": CLOSING, "read": read_score, "stop": STOP} | changes
     found = decode(
         requests,
-        params=jax.tree.map(jax.device_put, weights(), placed),
+        params=jax.tree.map(place, weights(), nn_params.shardings(declare(TINY), mesh, ShardingRules())),
         config=TINY,
         mesh=mesh,
         compute=Compute(),
@@ -74,6 +85,10 @@ def said(groups: list[Rendered], sampling: SamplingConfig, run: DecodeConfig = R
         **settings,
     )
     return [samples for _, samples in sorted(found, key=lambda item: item[0])]
+
+
+def place(value: np.ndarray, sharding) -> jax.Array:
+    return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +171,11 @@ def test_sixteen_branches_are_those_said_one_at_a_time(groups, drawn, width):
 
 
 def test_greedy_branches_are_those_of_separate_runs(groups):
-    together = said(groups[:1], GREEDY, samples=1)[0]
+    run = dataclasses.replace(RUN, multiple=48)
+    together = said(groups[:1], GREEDY, run, samples=1)[0]
     alone = [dataclasses.replace(groups[0], branches=(branch,)) for branch in groups[0].branches]
     for prefix, group in zip(together, alone, strict=True):
-        assert_equal(said([group], GREEDY, samples=1), [(prefix,)])
+        assert_equal(said([group], GREEDY, run, samples=1), [(prefix,)])
     assert len({prefix[0].token for prefix in together}) == 4
 
 
@@ -179,6 +195,20 @@ def test_more_samples_begin_with_the_same(groups, drawn):
 def test_devices_change_nothing(groups, drawn, mesh):
     run = dataclasses.replace(RUN, branches_per_device=4, max_buckets=1)
     assert_equal(said([*groups, *groups], DRAWN, run, make_mesh(mesh)), [*drawn, *drawn])
+
+
+@pytest.mark.slow
+def test_hosts_decode_as_one_and_render_their_share(groups, drawn, tmp_path):
+    mesh = '{"data": 2, "fsdp": 2, "tensor": 2}'
+    run_hosts(str(ROOT / "tests" / "decode_host"), tmp_path, mesh, processes=2, devices=4)
+    hosts = [json.loads((tmp_path / f"{host}.json").read_text()) for host in range(2)]
+    wanted = [[(sample.token, sample.ended, sample.score) for sample in prefix] for one in drawn for prefix in one]
+    for host in hosts:
+        for prefix, expected in zip(host["said"], wanted, strict=True):
+            for (token, ended, score), (said_token, said_ended, said_score) in zip(prefix, expected, strict=True):
+                assert (tuple(token), ended) == (said_token, said_ended)
+                assert score == pytest.approx(said_score, abs=1e-5)
+    assert sorted(hosts[0]["rendered"] + hosts[1]["rendered"]) == [0, 1, 2]
 
 
 # --- transformers ------------------------------------------------------------------------------------------------
