@@ -173,6 +173,7 @@ def answer(arguments: Arguments, mesh: Mesh, asked: threading.Event, folder: str
     if judging is not None:
         prompts = prompts.without(room_to_score(judging.renderer, arguments.sampling, judging.scoring))
     file = AnswerFile(to_path(arguments.output), prompts.unit)
+    file.check({})  # nothing is written beside a file of someone else's
     _settle_rejected(arguments, prompts, file)
     begin(file, _settings(arguments, prompts, renderer, judging))
     finished = file.finished()

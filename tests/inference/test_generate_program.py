@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 from data_samples import picture, write_media, write_rows
-from small_world import ROOT, command, environment, run, run_hosts
+from small_world import ROOT, command, environment, run, run_hosts, start_hosts, wait_for_hosts
 from tiny import TINY
 
 from mmrlhf_jax.command import CommandError, UsageError
@@ -239,10 +239,12 @@ def test_other_settings_than_it_was_begun_with_are_refused(
 
 
 def test_a_file_of_someone_else_is_not_overwritten(world: World, tmp_path: Path) -> None:
-    (tmp_path / "o.jsonl").write_text("precious")
+    theirs = [tmp_path / name for name in ("o.jsonl", "o.jsonl.rejected.jsonl")]
+    for path in theirs:
+        path.write_text("precious")
     with pytest.raises(ValueError, match="choose another --output"):
         answer(arguments(world, tmp_path / "o.jsonl"), tmp_path)
-    assert (tmp_path / "o.jsonl").read_text() == "precious"
+    assert [path.read_text() for path in theirs] == ["precious"] * 2
 
 
 BAD = [
@@ -412,6 +414,8 @@ def test_answers_may_lie_in_a_bucket(world: World, undisturbed: list[dict[str, A
 
 # As users run it.
 
+TWO_HOSTS = ("--mesh.data", 2, "--mesh.fsdp", 1)
+
 
 def typed(world: World, output: Path) -> tuple[Any, ...]:
     return (
@@ -459,6 +463,7 @@ def test_sigkills_lose_and_double_nothing(world: World, typed_undisturbed: list[
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        print("killed with", len(list(output.with_name("killed.jsonl.parts").glob("*.jsonl"))), "parts")
     run("generate", *typed(world, output))
     assert lines_of(output) == typed_undisturbed, f"seed {seed}"
 
@@ -477,12 +482,33 @@ def test_sigterm_ends_with_75_and_keeps_what_is_done(world: World, typed_undistu
 
 
 @pytest.mark.slow
+def test_sigterm_on_one_host_stops_both(world: World, typed_undisturbed: list[dict[str, Any]]) -> None:
+    output = world.directory / "one-host.jsonl"
+    hosts = start_hosts("generate", *typed(world, output), *TWO_HOSTS, processes=2, devices=1)
+    assert wait_for_parts(hosts[0].process, output, 1)
+    hosts[1].process.terminate()  # not the one that writes
+    assert wait_for_hosts(hosts) == [75, 75], [host.printed() for host in hosts]
+    run("generate", *typed(world, output))
+    assert texts_of(lines_of(output)) == texts_of(typed_undisturbed)
+
+
+@pytest.mark.slow
+def test_two_hosts_that_score_without_critiques_store_what_is_theirs(world: World, tmp_path: Path) -> None:
+    given = typed(world, tmp_path / "o.jsonl")[:-4]
+    scalar = ("--reward", world.scalar, "--forward.max-buckets", 1, "--forward.slots-per-device", 700)
+    run_hosts("generate", *given, *scalar, *TWO_HOSTS, processes=2, devices=1)
+    lines = lines_of(tmp_path / "o.jsonl")
+    assert [line["line"] for line in lines] == [1, 3, 4, 5, 6]
+    assert all("score" in response for line in lines for response in line["responses"])
+
+
+@pytest.mark.slow
 def test_two_hosts_answer_as_one(world: World, typed_undisturbed: list[dict[str, Any]]) -> None:
     output = world.directory / "hosts.jsonl"
-    short = [*typed(world, output), "--mesh.data", 2, "--mesh.fsdp", 1]
-    printed = run_hosts("generate", *short, processes=2, devices=1)
+    printed = run_hosts("generate", *typed(world, output), *TWO_HOSTS, processes=2, devices=1)
     assert [text.count("10 answers to 5 prompts") for text in printed] == [1, 0]
-    got = lines_of(output)
-    assert [[r["text"] for r in line["responses"]] for line in got] == [
-        [r["text"] for r in line["responses"]] for line in typed_undisturbed
-    ]
+    assert texts_of(lines_of(output)) == texts_of(typed_undisturbed)
+
+
+def texts_of(lines: list[dict[str, Any]]) -> list[list[str]]:
+    return [[response["text"] for response in line["responses"]] for line in lines]
