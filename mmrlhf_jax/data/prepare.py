@@ -240,7 +240,7 @@ def _prove_media(sorting: _Sorting, options: PrepareOptions) -> dict[Media, int]
     root = _media_root(options) if paths else _store_root(options)
     with ThreadPoolExecutor(options.workers) as pool:  # Pillow's decoders release the GIL
         try:
-            results = pool.map(lambda m: _prove(m, _store_root(options) if is_embedded(m) else root), wanted)
+            results = pool.map(lambda m: prove(m, _store_root(options) if is_embedded(m) else root), wanted)
             proven = dict(zip(wanted, _progress(results, "media", len(wanted), options), strict=True))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -275,7 +275,7 @@ def _store_root(options: PrepareOptions) -> MediaRoot:
     return MediaRoot(os.fspath(_waiting(epath.Path(options.output), "pictures")))
 
 
-def _prove(media: Media, root: MediaRoot) -> Proven | str:
+def prove(media: Media, root: MediaRoot) -> Proven | str:
     """The media without their bytes, or what is wrong with them."""
     try:
         whole = verify_media(media, root)

@@ -39,12 +39,14 @@ def generate(
     samples: int = 1,
     load: Callable[[int], Group] | None = None,
     progress: Report | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, tuple[Answer, ...]]]:
     """`samples` answers to the prompt of each group, as (index into `groups`, answers), in the order they are done.
 
     The groups' responses are not looked at. Groups come with the bytes of their pictures, or `load(index)` brings one
-    that does when its turn comes. Raises ValueError, before anything is computed, where a prompt and `max_new_tokens`
-    exceed the decoder's positions, and as `renderer.render` does.
+    that does when its turn comes. `chosen` are the groups to answer, all by default; shapes are planned over all of
+    them either way, so that a resumed run computes as the first one did. Raises ValueError, before anything is
+    computed, where a prompt and `max_new_tokens` exceed the decoder's positions, and as `renderer.render` does.
     """
     bare = [dataclasses.replace(group, responses=(), pairs=()) for group in groups]
     requests = [
@@ -68,6 +70,7 @@ def generate(
         tokens_per_tile=renderer.tokens_per_tile,
         tile_size=renderer.tile_size,
         progress=progress,
+        chosen=chosen,
     )
     for index, (branches,) in said:
         yield index, tuple(_answer(sample, renderer) for sample in branches)

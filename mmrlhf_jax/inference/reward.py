@@ -66,10 +66,14 @@ class Scoring:
 
     def of(self, judge: RewardModel) -> Scoring:
         """With `critiques` settled. Raises ValueError for what the model cannot do, or what would do nothing."""
-        criticises = isinstance(judge.renderer, RewardRenderer)
+        return self.rendered_by(judge.renderer)
+
+    def rendered_by(self, renderer: RewardRenderer | LlavaOnevisionRenderer) -> Scoring:
+        """`of` a model that is yet to be loaded."""
+        criticises = isinstance(renderer, RewardRenderer)
         critiques = self.critiques or ("generated" if criticises else "none")
         if critiques != "none" and not criticises:
-            raise ValueError(f"{judge.renderer.name}: a scalar reward model reads no critiques: use --critiques none")
+            raise ValueError(f"{renderer.name}: a scalar reward model reads no critiques: use --critiques none")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}; it must be at least 1")
         if self.samples > 1 and critiques != "generated":

@@ -7,6 +7,7 @@ turn the media come before the text, as the model families' own chat templates w
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,6 +69,33 @@ def of_parts(role: Role, parts: Sequence[Any], where: str) -> Message:
         else:
             raise RowError(f"{at}.type is {str(kind)!r:.40}; parts are text, image, video")
     return Message(role, text_of("\n".join(texts), where), tuple(kinds), late)
+
+
+def messages_of(value: Sequence[Any], where: str, markers: bool) -> list[Message]:
+    """A list of `{role, content}`, content being a string or a list of parts; with `markers` those in a user's string
+    place media, without they are text."""
+    return [_message(message, f"{where}[{number}]", markers) for number, message in enumerate(value, 1)]
+
+
+def _message(message: Any, where: str, markers: bool) -> Message:
+    if not isinstance(message, dict):
+        raise RowError(f"{where} is not a message with 'role' and 'content'")
+    if message.get("tool_calls"):
+        raise RowError(f"{where} calls tools: conversations with tools are not read")
+    role, content = role_of(message.get("role"), f"{where}.role"), message.get("content")
+    if isinstance(content, list):
+        return of_parts(role, content, f"{where}.content")
+    text = text_of(content, f"{where}.content")
+    return marked(role, text, f"{where}.content") if markers and role == "user" else Message(role, text)
+
+
+def placed(messages: Sequence[Message], images: Sequence[Media], videos: Sequence[Media]) -> list[Message]:
+    """Media that no message places go before the first user turn."""
+    if any(message.media for message in messages):
+        return list(messages)
+    kinds = ("image",) * len(images) + ("video",) * len(videos)
+    first = next(i for i, message in enumerate(messages) if message.role == "user")
+    return [dataclasses.replace(m, media=kinds) if i == first else m for i, m in enumerate(messages)]
 
 
 def check_prompt(messages: Sequence[Message]) -> None:

@@ -13,17 +13,23 @@ Source: TRL 1.16, docs/source/dataset_formats and trl/data_utils.py.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from mmrlhf_jax.data.sources.conversation import Message, answer_of, check_prompt, marked, of_parts, place, role_of
+from mmrlhf_jax.data.sources.conversation import (
+    Message,
+    answer_of,
+    check_prompt,
+    marked,
+    messages_of,
+    place,
+    placed,
+)
 from mmrlhf_jax.data.sources.pairs import PairRow, check_different, margin_of, read_pairs
 from mmrlhf_jax.data.sources.pictures import pictures_of, videos_of
 from mmrlhf_jax.data.sources.rows import Item, Row, RowError, SourceError, SourceOptions, text_of
-from mmrlhf_jax.groups import Media
 
 COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "videos", "video", "tools")
 
@@ -52,7 +58,7 @@ def _check(row: Row, options: SourceOptions) -> PairRow:
     prompt, chosen, rejected = _split(fields, markers=bool(images or videos))
     check_different(chosen, rejected)
     check_prompt(prompt)
-    turns, media, notes = place(_placed(prompt, images, videos), images, videos)
+    turns, media, notes = place(placed(prompt, images, videos), images, videos)
     return PairRow(
         origin=row.origin,
         id=str(row.origin),
@@ -78,13 +84,13 @@ def _split(fields: dict[str, Any], markers: bool) -> tuple[list[Message], str, s
     if prompt is None and not lists:
         raise RowError("there is no 'prompt', nor are 'chosen' and 'rejected' conversations that begin with one")
     if prompt is None or (isinstance(prompt, str) and lists and max(len(chosen), len(rejected)) > 1):
-        first, second = _messages(chosen, "'chosen'", markers), _messages(rejected, "'rejected'", markers)
+        first, second = messages_of(chosen, "'chosen'", markers), messages_of(rejected, "'rejected'", markers)
         if first == second:
             raise RowError("'chosen' and 'rejected' are identical")
         both = list(itertools.takewhile(lambda turns: turns[0] == turns[1], zip(first, second, strict=False)))
         rest = len(both)
         return first[:rest], answer_of(first[rest:], "'chosen'"), answer_of(second[rest:], "'rejected'")
-    asked = _messages(prompt, "'prompt'", markers) if isinstance(prompt, list) else [_asked(prompt, markers)]
+    asked = messages_of(prompt, "'prompt'", markers) if isinstance(prompt, list) else [_asked(prompt, markers)]
     return asked, _answer(chosen, "'chosen'", markers), _answer(rejected, "'rejected'", markers)
 
 
@@ -94,29 +100,4 @@ def _asked(prompt: Any, markers: bool) -> Message:
 
 
 def _answer(value: Any, where: str, markers: bool) -> str:
-    return answer_of(_messages(value, where, markers), where) if isinstance(value, list) else text_of(value, where)
-
-
-def _messages(value: list[Any], where: str, markers: bool) -> list[Message]:
-    return [_message(message, f"{where}[{number}]", markers) for number, message in enumerate(value, 1)]
-
-
-def _message(message: Any, where: str, markers: bool) -> Message:
-    if not isinstance(message, dict):
-        raise RowError(f"{where} is not a message with 'role' and 'content'")
-    if message.get("tool_calls"):
-        raise RowError(f"{where} calls tools: conversations with tools are not read")
-    role, content = role_of(message.get("role"), f"{where}.role"), message.get("content")
-    if isinstance(content, list):
-        return of_parts(role, content, f"{where}.content")
-    text = text_of(content, f"{where}.content")
-    return marked(role, text, f"{where}.content") if markers and role == "user" else Message(role, text)
-
-
-def _placed(messages: list[Message], images: Sequence[Media], videos: Sequence[Media]) -> list[Message]:
-    """Media that no message places go before the first user turn."""
-    if any(message.media for message in messages):
-        return messages
-    kinds = ("image",) * len(images) + ("video",) * len(videos)
-    first = next(i for i, message in enumerate(messages) if message.role == "user")
-    return [dataclasses.replace(m, media=kinds) if i == first else m for i, m in enumerate(messages)]
+    return answer_of(messages_of(value, where, markers), where) if isinstance(value, list) else text_of(value, where)
