@@ -5,10 +5,10 @@ cosine, warm-up .1, centring .01, 768 pairs a step, which is about 200 groups (`
 released). The human reasons of dpo_pairs.jsonl are the critiques. Frames as in MM-DPO's recipe, so that the margins are
 of what the policy sees. Hardware and meshes as configs/mm_dpo_onevision_7b.py; not run yet.
 
-    python launch/prepare.py  --source mm_rlhf --input dpo_pairs.jsonl --media MEDIA --output DATA --model MODEL
-    python launch/train.py    configs/critique_reward_7b.py --model MODEL --dataset DATA --output RUN --mesh.fsdp 8
+    python launch/prepare.py --source mm_rlhf --input dpo_pairs.jsonl --media MEDIA --output DATA --model MODEL
+    python launch/train.py configs/critique_reward_7b.py --model MODEL --dataset DATA --output RUN --mesh.fsdp 8
     python launch/annotate.py --dataset DATA --model RUN --with reward --mesh.fsdp 8
-    python launch/train.py    configs/mm_dpo_onevision_7b.py --margins reward --model MODEL --dataset DATA --output OUT
+    python launch/train.py configs/mm_dpo_onevision_7b.py --margins reward --model MODEL --dataset DATA --output OUT
 """
 
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions

@@ -135,13 +135,13 @@ def write_scores(
     found = rewards_of(answered, answered.groups(), todo, judge, scoring, watch.look)
     with file.saving(SCORES, saving) as keep:
         for rewards in found if todo else ():
-            keep(
-                [
-                    scored(answers[prompts.places[index]], reward, scoring.critiques == "generated")
-                    for index, reward in rewards.items()
-                ]
-            )
-            if scoring.critiques != "generated":  # decoding looks by itself, and hands out on one process only
+            lines = [
+                scored(answers[prompts.places[index]], reward, scoring.critiques == "generated")
+                for index, reward in rewards.items()
+            ]
+            if is_speaker():  # every process is given the same
+                keep(lines)
+            if scoring.critiques != "generated":  # decoding looks by itself
                 watch.check()
     wait_for_all("the scores are stored")
     return len(todo)

@@ -109,12 +109,14 @@ def write_rewards(
     wait_for_all("every process knows what there is to do")
     pending: dict[int, GroupReward] = {}
     written = time.monotonic()
-    for rewards in rewards_of(dataset, groups, todo, judge, scoring, progress) if todo else ():
-        pending |= rewards
-        if len(pending) >= scoring.forward.rows_per_part or time.monotonic() - written > FLUSH_SECONDS:
-            _flush(store, groups, pending)
-            written = time.monotonic()
-    _flush(store, groups, pending)
+    try:
+        for rewards in rewards_of(dataset, groups, todo, judge, scoring, progress) if todo else ():
+            pending |= rewards
+            if len(pending) >= scoring.forward.rows_per_part or time.monotonic() - written > FLUSH_SECONDS:
+                _flush(store, groups, pending)
+                written = time.monotonic()
+    finally:  # also when interrupted: what is done is kept
+        _flush(store, groups, pending)
     wait_for_all("every process has stored its rows")
     if is_speaker():
         write_readable(store, dataset)
