@@ -118,8 +118,9 @@ def time_generate(command: Generate) -> None:
     millions = nn_params.count(declare(config)) / 1e6
     print(
         f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores, {millions:.1f} M parameters "
-        f"({config.decoder.layers} x {config.decoder.embed}, vocabulary {command.vocab}), fp32, greedy: one prompt of {command.prompt} tokens, "
-        f"{command.responses} answers of {command.prefix} x {command.samples} critiques of {command.new_tokens}"
+        f"({config.decoder.layers} x {config.decoder.embed}, vocabulary {command.vocab}), fp32, greedy: one prompt of "
+        f"{command.prompt} tokens, {command.responses} answers of {command.prefix} x {command.samples} critiques of "
+        f"{command.new_tokens}"
     )
     said = {name: side(command.new_tokens) for name, side in sides.items()}  # compiles, too
     for side in sides.values():
