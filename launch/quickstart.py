@@ -26,7 +26,7 @@ import tyro
 from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data.sources import digit_boards
 from mmrlhf_jax.data.sources.digit_boards import WorldConfig
-from mmrlhf_jax.quickstart import new_model
+from mmrlhf_jax.quickstart import new_model, pair_accuracy
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 
 LAUNCH = Path(__file__).resolve().parent
@@ -144,8 +144,8 @@ def _evaluate(output: Path, results: Path) -> None:
         reference = reference or logps
         found[policy] = {
             "hallucination": _hallucination(boards, groups, said),
-            "preference_accuracy": _accuracy(groups, logps),
-            "reward_accuracy": _accuracy(
+            "preference_accuracy": pair_accuracy(groups, logps),
+            "reward_accuracy": pair_accuracy(
                 groups, [ours - theirs for ours, theirs in zip(logps, reference, strict=True)]
             ),
             "questions": len(groups),
@@ -167,14 +167,6 @@ def _response_logps(dataset: Any, renderer: Any, key: Mapping[str, str]) -> list
         np.array([part.sum() for part in np.split(stored[row]["logp"], np.cumsum(length)[:-1])])
         for row, length in enumerate(lengths)
     ]
-
-
-def _accuracy(groups: list[Any], values: list[Any]) -> float:
-    """Share of the annotated pairs whose better response has the higher value."""
-    right = [
-        value[p.chosen] > value[p.rejected] for group, value in zip(groups, values, strict=True) for p in group.pairs
-    ]
-    return float(sum(right) / len(right))
 
 
 def _hallucination(boards: list[digit_boards.Board], groups: list[Any], said: list[str]) -> dict[str, float]:

@@ -1,11 +1,12 @@
-"""What the programs on the digit boards share: the small model they start from."""
+"""What the programs on the digit boards share: the small model they start from, and how they count pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from mmrlhf_jax.data.sources.digit_boards import CELL
+from mmrlhf_jax.groups import Group
 
 
 def new_model(directory: Path, side: int, texts: Iterable[str], seed: int) -> None:
@@ -35,3 +36,11 @@ def new_model(directory: Path, side: int, texts: Iterable[str], seed: int) -> No
         seed=seed,
     )  # fmt: skip
     print(f"  {count(declare(made)):,} parameters, {made.decoder.vocab} rows of vocabulary")
+
+
+def pair_accuracy(groups: Sequence[Group], values: Sequence[Sequence[float]]) -> float:
+    """Share of the annotated pairs whose better response has the higher of the groups' values [K]; equal is wrong."""
+    right = [
+        value[p.chosen] > value[p.rejected] for group, value in zip(groups, values, strict=True) for p in group.pairs
+    ]
+    return float(sum(right) / len(right))

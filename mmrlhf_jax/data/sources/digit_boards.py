@@ -164,10 +164,20 @@ def critique_correctness(board: Board, question: str, answer: str, critique: str
     too many; `total` counts those that are due, or made where there are more.
     """
     verdicts = _verdicts(board, question, answer)
-    stated = _WORD.findall(critique)
-    counts, stated = (stated[-2:], stated[:-2]) if stated[-1:] == [WRONG] else ([], stated)
+    stated, count = _statements(critique)
     both = list(zip_longest(verdicts, stated))
-    return sum(due == made for due, made in both) + (counts == [_count(verdicts), WRONG]), len(both) + 1
+    return sum(due == made for due, made in both) + (count == _count(verdicts)), len(both) + 1
+
+
+def stated_count(critique: str) -> str | None:
+    """How many wrong claims a critique ends in, as it says it; None where it does not end in a count."""
+    return _statements(critique)[1]
+
+
+def _statements(critique: str) -> tuple[list[str], str | None]:
+    """The verdicts, and the count before a closing `wrong`."""
+    words = _WORD.findall(critique)
+    return (words[:-2], words[-2]) if len(words) > 1 and words[-1] == WRONG else (words, None)
 
 
 def _count(verdicts: Sequence[str]) -> str:
