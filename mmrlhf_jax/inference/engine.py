@@ -137,14 +137,18 @@ def decode(
     closing: tuple[int, ...] = (),
     read: Read | None = None,
     progress: Report | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Samples]]:
     """Says `samples` continuations of every forced prefix of every request; yields (index of the request, [K][samples])
     as requests finish.
 
     With `closing` tokens and `read`, a finished branch is closed with them and `read(params, hidden [..., D])`, f32
     [...], taken at the last. Both or neither; `read` is a function of a module, since programs are kept by it. All
-    processes of a mesh call this with the same arguments and are given the same. Raises ValueError where a request
-    does not fit the model's positions, renders to other lengths than it states, or where logits are not finite.
+    processes of a mesh call this with the same arguments and are given the same. `chosen` are the requests to say, all
+    by default; shapes are planned over all of them either way, so that a resumed run computes as the first one did.
+
+    Raises ValueError where a request does not fit the model's positions, renders to other lengths than it states, or
+    where logits are not finite.
     """
     if samples < 1:
         raise ValueError(f"samples is {samples}; it must be at least 1")
@@ -172,10 +176,12 @@ def decode(
     )
     responses = max(len(n.responses) for n in lengths)
     slots = min(responses * samples, run.branches_per_device)
-    tally = _Tally(len(requests), progress)
+    wanted = set(range(len(requests)) if chosen is None else chosen)
+    tally = _Tally(len(wanted), progress)
     tile = (tokens_per_tile, tile_size)
     for index, bucket in enumerate(plan.buckets):
-        mine = np.flatnonzero(plan.assignment == index).tolist()
+        dealt = np.flatnonzero(plan.assignment == index).tolist()
+        mine = [request for request in dealt if request in wanted]
         if not mine:
             continue
         shape = Shape(
@@ -186,7 +192,7 @@ def decode(
             closing=closing,
             read=read,
             shards=share.of,
-            rows=min(max(1, run.branches_per_device // slots), math.ceil(len(mine) / share.of)),
+            rows=min(max(1, run.branches_per_device // slots), math.ceil(len(dealt) / share.of)),
             slots=slots,
             prefix=bucket.prompt + bucket.response,
             responses=responses,
