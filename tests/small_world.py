@@ -63,8 +63,16 @@ def _rows(i: int, rng: np.random.Generator, media: Path) -> list[dict]:
         _picture(rng, media / f"{i}.png", tuple(int(x) for x in rng.integers(30, 130, 2)))
         base["image"] = f"{i}.png"
     answers = [" ".join(rng.choice(WORDS, rng.integers(2, 12))) + f" {k}." for k in range(2 + i % 3)]
+    reasons = [" ".join(rng.choice(WORDS, rng.integers(2, 7))) + "." for _ in answers]
     return [
-        {**base, "chosen": answers[a], "rejected": answers[b], "margin": float(b - a)}
+        {
+            **base,
+            "chosen": answers[a],
+            "rejected": answers[b],
+            "margin": float(b - a),
+            "chosen_reason": reasons[a],
+            "rejected_reason": reasons[b],
+        }
         for a in range(len(answers))
         for b in range(a + 1, len(answers))
     ]

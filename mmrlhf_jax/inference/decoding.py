@@ -8,6 +8,7 @@ branches may say.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def programs(shape: Shape, mesh: Mesh) -> Programs:
     heads = "tensor" if shape.model.decoder.kv_heads % mesh.shape["tensor"] == 0 else None
     stacked = NamedSharding(mesh, P(None, BATCH_AXES, heads))
     state = jax.tree.map(lambda _: split, jax.eval_shape(functools.partial(blank, shape)))
-    state = state.replace(cache=jax.tree.map(lambda _: stacked, state.cache), now=whole)
+    state = dataclasses.replace(state, cache=jax.tree.map(lambda _: stacked, state.cache), now=whole)
     return Programs(
         blank=jax.jit(functools.partial(blank, shape), out_shardings=state),
         admit=jax.jit(functools.partial(admit, shape), donate_argnums=1, out_shardings=state),
@@ -193,9 +194,12 @@ def admit(shape: Shape, params: Any, state: State, batch: GroupBatch, arrivals: 
 
     nothing = jnp.zeros_like(arrivals.branches)
     rows = Rows(arrivals.key, arrivals.token, arrivals.position, arrivals.branches, nothing, nothing)
-    return state.replace(
-        cache=state.cache.replace(
-            prefix_key=put(state.cache.prefix_key, key, 1), prefix_value=put(state.cache.prefix_value, value, 1)
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(
+            state.cache,
+            prefix_key=put(state.cache.prefix_key, key, 1),
+            prefix_value=put(state.cache.prefix_value, value, 1),
         ),
         prefix_branch=put(state.prefix_branch, batch.branch),
         rows=jax.tree.map(put, state.rows, rows),
@@ -239,7 +243,8 @@ def _take(shape: Shape, state: State) -> State:
     takes = idle & (next_branch < rows.branches[:, None])
     branch = jnp.where(takes, next_branch, slots.branch)
     token = _of_response(rows.token, _response(shape, branch))
-    return state.replace(
+    return dataclasses.replace(
+        state,
         slots=Slots(
             branch=branch,
             token=jnp.where(takes, token, slots.token),
@@ -247,7 +252,7 @@ def _take(shape: Shape, state: State) -> State:
             count=jnp.where(idle, 0, slots.count),
             closed=jnp.where(idle, _SAMPLING, slots.closed),
         ),
-        rows=rows.replace(taken=rows.taken + jnp.sum(takes, axis=1)),
+        rows=dataclasses.replace(rows, taken=rows.taken + jnp.sum(takes, axis=1)),
     )
 
 
@@ -288,7 +293,8 @@ def _speak(shape: Shape, decoder: qwen2.Qwen2, read: Callable[[jax.Array], jax.A
     score = jnp.zeros(found.shape, jnp.float32) if read is None else read(hidden).astype(jnp.float32)
 
     done = jnp.where(finished, slots.branch, shape.branches)
-    return state.replace(
+    return dataclasses.replace(
+        state,
         cache=cache,
         now=state.now + 1,
         slots=Slots(
@@ -298,7 +304,7 @@ def _speak(shape: Shape, decoder: qwen2.Qwen2, read: Callable[[jax.Array], jax.A
             count=count,
             closed=closed,
         ),
-        rows=rows.replace(done=rows.done + jnp.sum(finished, axis=1)),
+        rows=dataclasses.replace(rows, done=rows.done + jnp.sum(finished, axis=1)),
         said=Said(
             token=_write(said.token, (jnp.where(says, slots.branch, shape.branches), slots.count), found),
             length=_write(said.length, (done,), count),
@@ -323,7 +329,9 @@ def _feed(shape: Shape, decoder: qwen2.Qwen2, state: State) -> tuple[jax.Array, 
     def write(ring: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(ring, new[:, :, :, :, None], column, axis=4)
 
-    return hidden, cache.replace(own_key=write(cache.own_key, key), own_value=write(cache.own_value, value))
+    return hidden, dataclasses.replace(
+        cache, own_key=write(cache.own_key, key), own_value=write(cache.own_value, value)
+    )
 
 
 def _choose(shape: Shape, state: State, logits: jax.Array) -> jax.Array:

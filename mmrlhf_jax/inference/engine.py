@@ -332,6 +332,7 @@ class _Bucket:
         """The requests of the rows that are no longer busy, and what was said; the rows are free then."""
         if np.any(status.broken):
             index = self._in_row(int(np.flatnonzero(status.broken)[0]))
+            assert index is not None
             raise ValueError(f"request {index} ({self.requests[index].name}): the model gives non-finite logits")
         rows = [row for row in np.flatnonzero(~status.busy).tolist() if self._in_row(row) is not None]
         if not rows:

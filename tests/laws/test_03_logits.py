@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from functools import partial
 
 import jax
@@ -12,10 +11,11 @@ import pytest
 from PIL import Image
 from tiny import TINY, random_params, write_tiny_directory
 from torchvision_shim import mend_torchvision
+from transformers_peer import group_of, image, load_processor, processed, video
 
 from mmrlhf_jax.batch import Entry, Totals, pack
 from mmrlhf_jax.data.media import decode
-from mmrlhf_jax.groups import NEWLINE, Bucket, Group, Media, Origin, Rendered, Response, Turn
+from mmrlhf_jax.groups import NEWLINE, Bucket, Group, Rendered
 from mmrlhf_jax.models.llava_onevision import render as render_module
 from mmrlhf_jax.models.llava_onevision import tiles as tiles_module
 from mmrlhf_jax.models.llava_onevision.layout import image_layout, image_taps
@@ -35,34 +35,6 @@ TOLERANCE = 1e-4
 SIZES = [(42, 42), (126, 84), (190, 100), (300, 20), (20, 300), (240, 200), (200, 240), (252, 252), (5, 3), (1, 1)]
 
 
-def picture(width: int, height: int, seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "png")
-    return file.getvalue()
-
-
-def group_of(*media: Media) -> Group:
-    return Group(
-        id="0",
-        prompt=(Turn("user", "What is seen here?"),),
-        media=media,
-        responses=(Response("Noise."),),
-        pairs=(),
-        origins=(Origin("made.jsonl", 1),),
-    )
-
-
-def image(width: int, height: int, seed: int = 0) -> Media:
-    return Media("image", f"{seed}.png", ((width, height),), encoded=(picture(width, height, seed),))
-
-
-def video(frames: int, width: int, height: int) -> Media:
-    return Media(
-        "video", "v", ((width, height),) * frames, encoded=tuple(picture(width, height, n) for n in range(frames))
-    )
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("model")
@@ -80,13 +52,8 @@ def theirs(directory):
 
 @pytest.fixture(scope="module")
 def processor(directory):
-    from transformers import AutoProcessor
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-
     pytest.importorskip("torchvision")
-    loaded = AutoProcessor.from_pretrained(directory)
-    loaded.image_processor = LlavaOnevisionImageProcessorPil.from_pretrained(directory)  # torchvision resizes otherwise
-    return loaded
+    return load_processor(directory)
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +91,6 @@ def their_logits(theirs, prompt: np.ndarray, rendered: Rendered, **pixels) -> np
     token = torch.from_numpy(np.concatenate([prompt, rendered.branches[0].token])[None]).long()
     with torch.no_grad():
         return theirs(input_ids=token, attention_mask=torch.ones_like(token), **pixels).logits[0].numpy()
-
-
-def processed(processor, group: Group) -> tuple[np.ndarray, dict]:
-    """(prompt ids, pixels) as transformers makes them of text and pictures."""
-    parts = [{"type": media.kind} for media in group.media] + [{"type": "text", "text": group.prompt[0].text}]
-    text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    images = [Image.fromarray(decode(media.encoded[0])) for media in group.media]
-    inputs = dict(processor(text=text, images=[images] if images else None, return_tensors="pt"))
-    names = ("pixel_values", "image_sizes", "batch_num_images")
-    return inputs["input_ids"][0].numpy(), {name: inputs[name] for name in names if name in inputs}
 
 
 def assert_equal_logits(theirs, processor, ours, renderer, group: Group) -> None:
