@@ -1,15 +1,15 @@
 """Does it help a reward model to criticise before it scores? On the quickstart's boards of handwritten digits, over
 several seeds, where every answer's quality is known.
 
-    python launch/reward_quickstart.py --output runs/reward_quickstart --seeds 0 1 2
+    python launch/reward_quickstart.py --output runs/reward_quickstart --seeds 1 2 3
 
 Needs `pip install 'mmrlhf-jax[quickstart]'`; downloads nothing. For each seed a world, a model and its SFT run as in
 launch/quickstart.py; from that run a critique reward model and, for as many steps on the same groups, a scalar one;
 then `annotate --with reward` scores the answers about boards of digits neither has seen: behind critiques the model
-writes, behind those of somebody who sees the board, and without. Every program is printed before it runs, every result
-as it comes; at the end a table with the spread over seeds, and results.json. It runs on the CPU unless JAX_PLATFORMS
-says otherwise. The same command again resumes, with more seeds too; finished stages are not run again. Exit codes: 0
-done, 1 failed, 2 bad usage, 75 interrupted.
+writes, behind those of somebody who sees the board, and without. Seed 0 is where steps and weights were chosen. Every
+program is printed before it runs, every result as it comes; at the end a table with the spread over seeds, and
+results.json. It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again resumes, with more seeds
+too; finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted.
 """
 
 from __future__ import annotations
@@ -34,13 +34,27 @@ from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 
 LAUNCH = Path(__file__).resolve().parent
 RECIPES = LAUNCH.parent / "configs" / "quickstart"
-SCORERS = {  # what scores -> the run, the critiques it scores behind, and its line in the table
-    "scalar": ("scalar_reward", "none", "scalar reward model"),
-    "none": ("critique_reward", "none", "critique model, without critique"),
-    "generated": ("critique_reward", "generated", "critique model, its own critiques"),
-    "human": ("critique_reward", "human", "critique model, true critiques"),
+SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A reward model as launch/annotate.py is asked to use it."""
+
+    title: str
+    run: str
+    critiques: str
+    samples: int = 1
+
+
+SCORERS = {
+    "scalar": Scorer("scalar reward model", "scalar_reward", "none"),
+    "none": Scorer("critique model, without critique", "critique_reward", "none"),
+    "generated": Scorer("critique model, its own critique", "critique_reward", "generated"),
+    "sampled": Scorer(f"critique model, mean of {SAMPLES} of its own", "critique_reward", "generated", SAMPLES),
+    "human": Scorer("critique model, the true critique", "critique_reward", "human"),
 }
-PAIRS = {"longer": "the longer answer", **{name: title for name, (_, _, title) in SCORERS.items()}}
+PAIRS = {"longer": "the longer answer", **{name: scorer.title for name, scorer in SCORERS.items()}}
 CRITIQUES = {"critique_statements": "statements", "critique_counts": "counts of wrong claims"}
 MULTIPLE = 16  # prompts are short: padding to 128 would be most of the work
 MOST_TOKENS = 24  # of a critique; the longest right one has 17
@@ -52,7 +66,7 @@ class Arguments:
 
     output: str = "runs/reward_quickstart"
     """directory of everything that is made, a directory a seed; the same command again resumes"""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (1, 2, 3)  # seed 0 is where the recipes' steps and weights were chosen
     """of the world, the model's weights and the order of the data: everything is done anew for each"""
     boards: int = WorldConfig.train_boards
     """boards to train on, two questions each"""
@@ -110,7 +124,7 @@ def _one_seed(output: Path, seed: int, arguments: Arguments) -> dict[str, float]
         file = output / "measured" / f"{scorer}.json"
         stages.call(f"measure_{scorer}", file, partial(_measure, output, scorer, file))
         measured |= json.loads(file.read_text())
-        print(f"  {SCORERS[scorer][2]}: {_in_words(scorer, measured)}", flush=True)
+        print(f"  {SCORERS[scorer].title}: {_in_words(scorer, measured)}", flush=True)
     print("\n".join(stages.summary()))
     return measured
 
@@ -122,14 +136,14 @@ def _train(stages: Stages, run: str, model: Path, steps: int | None, seed: int) 
     stages.program(run, directory / "complete.json", "train", RECIPES / f"{run}.py", *flags)
 
 
-def _annotate(stages: Stages, scorer: str) -> None:
-    run, critiques, _ = SCORERS[scorer]
-    data = stages.output / "data" / "held_out"
+def _annotate(stages: Stages, name: str) -> None:
+    scorer, data = SCORERS[name], stages.output / "data" / "held_out"
     flags = ["--max-new-tokens", MOST_TOKENS, "--decode.multiple", MULTIPLE, "--decode.max-buckets", 1]
+    flags += ["--samples", scorer.samples, "--temperature", 1] if scorer.samples > 1 else []
     stages.program(
-        f"annotate_{scorer}", data / "annotations", "annotate", "--dataset", data, "--model", stages.output / run,
-        "--with", "reward", "--critiques", critiques, "--dtype", "float32", "--multiple", MULTIPLE,
-        "--max-buckets", 1, *(flags if critiques == "generated" else ()),
+        f"annotate_{name}", data / "annotations", "annotate", "--dataset", data, "--model", stages.output / scorer.run,
+        "--with", "reward", "--critiques", scorer.critiques, "--dtype", "float32", "--multiple", MULTIPLE,
+        "--max-buckets", 1, *(flags if scorer.critiques == "generated" else ()),
     )  # fmt: skip
 
 
@@ -156,7 +170,7 @@ def _measure(output: Path, scorer: str, file: Path) -> None:
     from mmrlhf_jax.data.datasets import open_dataset
 
     dataset = open_dataset(output / "data" / "held_out")
-    groups, rewards = list(dataset.groups()), _rewards(dataset, output, scorer)
+    groups, rewards = list(dataset.groups()), _rewards(dataset, output, SCORERS[scorer])
     found = {scorer: pair_accuracy(groups, [reward.score for reward in rewards])}
     if scorer == "generated":
         truth = {row["id"]: row for row in digit_boards.read_questions(output / "world", "held_out")}
@@ -165,7 +179,7 @@ def _measure(output: Path, scorer: str, file: Path) -> None:
     file.write_text(json.dumps(found) + "\n")
 
 
-def _rewards(dataset: Any, output: Path, scorer: str) -> list[Any]:
+def _rewards(dataset: Any, output: Path, scorer: Scorer) -> list[Any]:
     """What launch/annotate.py stored beside the dataset for this scorer, in the order of the rows."""
     from mmrlhf_jax.data.annotations import find
     from mmrlhf_jax.data.rewards import REWARD, read_rewards
@@ -173,9 +187,9 @@ def _rewards(dataset: Any, output: Path, scorer: str) -> list[Any]:
     from mmrlhf_jax.training.model import load_model, model_fingerprint
     from mmrlhf_jax.training.recipe import INFERENCE
 
-    run, critiques, _ = SCORERS[scorer]
-    model = load_model(str(output / run), make_mesh(MeshConfig()), ShardingRules(), rates=INFERENCE)
-    made_by = {"model": model_fingerprint(model.config, model.params), "critiques": critiques}
+    model = load_model(str(output / scorer.run), make_mesh(MeshConfig()), ShardingRules(), rates=INFERENCE)
+    fingerprint = model_fingerprint(model.config, model.params)
+    made_by = {"model": fingerprint, "critiques": scorer.critiques, "samples": scorer.samples}
     (store,) = [s for s in find(dataset.path, REWARD) if made_by.items() <= s.key.items()]
     stored = read_rewards(store, dataset)
     return [stored[row] for row in range(len(dataset))]
@@ -214,7 +228,7 @@ def _table(found: Mapping[int, Mapping[str, float]], summary: Mapping[str, Mappi
 
     def lines(titles: Mapping[str, str]) -> list[str]:
         return [
-            f"{title:34} {summary[name]['mean']:7.1%} {summary[name]['std']:7.1%} {summary[name]['min']:7.1%} .."
+            f"{title:36} {summary[name]['mean']:7.1%} {summary[name]['std']:7.1%} {summary[name]['min']:7.1%} .."
             f"{summary[name]['max']:7.1%}   " + " ".join(f"{result[name]:7.1%}" for result in found.values())
             for name, title in titles.items()
         ]
@@ -225,8 +239,8 @@ def _table(found: Mapping[int, Mapping[str, float]], summary: Mapping[str, Mappi
         f"{' + '.join(str(result['pairs']) for result in found.values())} pairs of answers about held-out boards:",
         "how often the better answer has the higher score (equal scores are wrong)",
         "",
-        f"{'':34} {'mean':>7} {'std':>7} {'min':>7} ..{'max':>7}   {seeds}",
-        f"{'at random':34} {0.5:7.1%}",
+        f"{'':36} {'mean':>7} {'std':>7} {'min':>7} ..{'max':>7}   {seeds}",
+        f"{'at random':36} {0.5:7.1%}",
         *lines(PAIRS),
         "",
         "what of the critiques it writes is true of the board",

@@ -12,7 +12,7 @@ from small_world import ROOT, command, environment
 from mmrlhf_jax.training.recipe import read_recipe
 
 OPTIONS = ("--boards", 24, "--held-out-boards", 4, "--sft-steps", 3, "--reward-steps", 2)
-SCORERS = ("scalar", "none", "generated", "human")
+SCORERS = ("scalar", "none", "generated", "sampled", "human")
 
 
 def reward_quickstart(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -64,4 +64,5 @@ def test_every_seed_is_measured_once_and_another_may_be_added(tmp_path: Path) ->
         assert (spread["min"], spread["max"]) == (min(values), max(values))
         assert spread["mean"] == pytest.approx(sum(values) / 2)
         assert spread["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
-    assert "the longer answer" in second.stdout.splitlines()[-9]
+    table = second.stdout[second.stdout.rindex("pairs of answers about held-out boards") :]
+    assert f"{both['summary']['human']['mean']:.1%}" in table
