@@ -16,23 +16,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import resource
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import tyro
 
-from mmrlhf_jax.command import CommandError, UsageError, run_command
+from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data.sources import digit_boards
 from mmrlhf_jax.data.sources.digit_boards import WorldConfig
+from mmrlhf_jax.quickstart import new_model, pair_accuracy
+from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 
 LAUNCH = Path(__file__).resolve().parent
 RECIPES = LAUNCH.parent / "configs" / "quickstart"
@@ -65,45 +60,16 @@ class Arguments:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
 
 
-@dataclass(frozen=True)
-class Stages:
-    """The stages of one quickstart; each leaves what it took in OUTPUT/stages/ and is run once."""
-
-    output: Path
-
-    def program(self, name: str, product: Path, program: str, *arguments: object) -> None:
-        """Runs launch/`program`.py as a user would, unless it has been."""
-        command = [sys.executable, str(LAUNCH / f"{program}.py"), *map(str, arguments)]
-        self.call(name, product, lambda: _run(name, command))
-
-    def call(self, name: str, product: Path, work: Callable[[], object]) -> None:
-        """Does `work`, which makes `product`, unless it has been done."""
-        record = self.output / "stages" / f"{name}.json"
-        if record.exists() and product.exists():
-            print(f"[{name}] done already")
-            return
-        print(f"[{name}] {product}", flush=True)
-        with _taken() as taken:
-            work()
-        record.parent.mkdir(exist_ok=True)
-        record.write_text(json.dumps(taken) + "\n")
-
-    def taken(self) -> dict[str, dict[str, float]]:
-        """Seconds and CPU seconds of every stage, in order."""
-        records = sorted((self.output / "stages").iterdir(), key=lambda file: file.stat().st_mtime)
-        return {record.stem: json.loads(record.read_text()) for record in records}
-
-
 def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    signal.signal(signal.SIGTERM, _stop)
+    stop_on_sigterm()
     arguments = tyro.cli(Arguments, prog="quickstart.py", description=__doc__)
     output = Path(arguments.output)
-    _claim(output, arguments)
-    stages, world = Stages(output), output / "world"
+    claim(output, "quickstart", {k: v for k, v in dataclasses.asdict(arguments).items() if k != "output"})
+    stages, world = Stages(output, LAUNCH), output / "world"
     config = WorldConfig(arguments.boards, arguments.held_out_boards, seed=arguments.seed)
     stages.call("world", world, lambda: digit_boards.write_world(world, config))
-    stages.call("model", output / "model", lambda: _new_model(output / "model", world, config, arguments.seed))
+    stages.call("model", output / "model", lambda: _new_model(output / "model", world, config.side, arguments.seed))
     for split in digit_boards.SPLITS:
         stages.program(
             f"prepare_{split}", output / "data" / split, "prepare", "--source", "mapped",
@@ -120,56 +86,7 @@ def main() -> None:
     stages.program("export", exported, "export", output / "mm_dpo", "--output", exported, "--dtype", "float32")
     results = output / "results.json"
     stages.call("evaluate", results, lambda: _evaluate(output, results))
-    print("\n".join(_table(json.loads(results.read_text()), stages.taken(), exported)))
-
-
-def _claim(output: Path, arguments: Arguments) -> None:
-    """Makes OUTPUT this quickstart's, or raises UsageError where it is something else's."""
-    stated = json.dumps({k: v for k, v in dataclasses.asdict(arguments).items() if k != "output"}, indent=2) + "\n"
-    file = output / "quickstart.json"
-    if file.exists() and file.read_text() != stated:
-        raise UsageError(f"{output} was made with other options (see {file}): name another --output or remove it")
-    if output.exists() and not file.exists() and any(output.iterdir()):
-        raise UsageError(f"{output} exists and holds no quickstart: name another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(stated)
-
-
-def _stop(number: int, _: FrameType | None) -> None:
-    raise CommandError("interrupted; run the same command to go on", 75)
-
-
-def _run(name: str, command: list[str]) -> None:
-    print("  python " + " ".join(command[1:]), flush=True)
-    process = subprocess.Popen(command)
-    try:
-        status = process.wait()
-    except BaseException:  # stopped: so is the program, which saves what it has
-        process.terminate()
-        process.wait()
-        raise
-    if status:
-        raise CommandError(f"stage {name} ended with exit code {status}, see above", 75 if status == 75 else 1)
-
-
-@contextmanager
-def _taken() -> Iterator[dict[str, float]]:
-    """Filled on leaving: wall and CPU seconds of what ran within, programs included."""
-    taken: dict[str, float] = {}
-    wall, cpu = time.perf_counter(), _cpu_seconds()
-    yield taken
-    taken |= {"seconds": time.perf_counter() - wall, "cpu_seconds": _cpu_seconds() - cpu, "peak_gib": _peak_gib()}
-
-
-def _cpu_seconds() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
-
-
-def _peak_gib() -> float:
-    """Largest resident memory any program of this quickstart has had so far."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit
+    print("\n".join(_table(json.loads(results.read_text()), stages.summary(), exported)))
 
 
 def _train(stages: Stages, policy: str, model: Path, steps: int | None, seed: int) -> None:
@@ -189,32 +106,9 @@ def _annotate(stages: Stages, split: str, policy: str) -> None:
     )  # fmt: skip
 
 
-def _new_model(directory: Path, world: Path, config: WorldConfig, seed: int) -> None:
-    """A LLaVA-OneVision of under a million parameters whose patches are the cells of a board."""
-    from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
-    from mmrlhf_jax.models.llava_onevision.model import declare
-    from mmrlhf_jax.models.llava_onevision.weights import new_directory
-    from mmrlhf_jax.models.qwen2.config import Qwen2Config
-    from mmrlhf_jax.models.siglip.config import SiglipConfig
-    from mmrlhf_jax.nn.params import count
-
-    side = config.side * digit_boards.CELL
+def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
     rows = digit_boards.read_questions(world, "train")
-    texts = [text for row in rows for text in (row["question"], *row["answers"])]
-    made = new_directory(
-        directory,
-        LlavaOnevisionConfig(
-            tower=SiglipConfig(embed=96, layers=1, heads=2, mlp=256, image_size=side, patch_size=digit_boards.CELL),
-            decoder=Qwen2Config(
-                embed=128, layers=3, heads=2, kv_heads=2, head_dim=64, mlp=256, rope_theta=1e4, tied=True,
-                max_positions=256,
-            ),
-            pinpoints=((side, side),),
-        ),
-        texts=[*texts, "user", "assistant"],  # the chat template's words are tokens of their own too
-        seed=seed,
-    )  # fmt: skip
-    print(f"  {count(declare(made)):,} parameters, {made.decoder.vocab} rows of vocabulary")
+    new_model(directory, side, [text for row in rows for text in (row["question"], *row["answers"])], seed)
 
 
 def _evaluate(output: Path, results: Path) -> None:
@@ -250,8 +144,8 @@ def _evaluate(output: Path, results: Path) -> None:
         reference = reference or logps
         found[policy] = {
             "hallucination": _hallucination(boards, groups, said),
-            "preference_accuracy": _accuracy(groups, logps),
-            "reward_accuracy": _accuracy(
+            "preference_accuracy": pair_accuracy(groups, logps),
+            "reward_accuracy": pair_accuracy(
                 groups, [ours - theirs for ours, theirs in zip(logps, reference, strict=True)]
             ),
             "questions": len(groups),
@@ -275,14 +169,6 @@ def _response_logps(dataset: Any, renderer: Any, key: Mapping[str, str]) -> list
     ]
 
 
-def _accuracy(groups: list[Any], values: list[Any]) -> float:
-    """Share of the annotated pairs whose better response has the higher value."""
-    right = [
-        value[p.chosen] > value[p.rejected] for group, value in zip(groups, values, strict=True) for p in group.pairs
-    ]
-    return float(sum(right) / len(right))
-
-
 def _hallucination(boards: list[digit_boards.Board], groups: list[Any], said: list[str]) -> dict[str, float]:
     """Share of wrong claims, over all questions and over those of each kind."""
     counts: dict[str, list[int]] = {"all": [0, 0]}
@@ -296,7 +182,7 @@ def _hallucination(boards: list[digit_boards.Board], groups: list[Any], said: li
     return {kind: wrong / total for kind, (wrong, total) in counts.items()}
 
 
-def _table(results: dict[str, Any], taken: dict[str, dict[str, float]], exported: Path) -> list[str]:
+def _table(results: dict[str, Any], summary: list[str], exported: Path) -> list[str]:
     """The lines a user came for."""
     kinds = list(results["sft"]["hallucination"])
     lines = ["", f"{results['sft']['questions']} questions about held-out boards", ""]
@@ -313,10 +199,7 @@ def _table(results: dict[str, Any], taken: dict[str, dict[str, float]], exported
         "log-prob: pairs whose better answer has the higher log-prob, summed over its tokens, not length-normalised",
         "reward: the same of the log-prob less that under SFT, which is DPO's implicit reward",
         "",
-        *(f"{name:26} {t['seconds']:7.1f} s {t['cpu_seconds']:7.1f} CPU s" for name, t in taken.items()),
-        f"{'all stages':26} {sum(t['seconds'] for t in taken.values()):7.1f} s "
-        f"{sum(t['cpu_seconds'] for t in taken.values()):7.1f} CPU s, peak memory "
-        f"{max(t['peak_gib'] for t in taken.values()):.1f} GiB",
+        *summary,
         f"the MM-DPO policy, ready for transformers: {exported}",
     ]
     return lines

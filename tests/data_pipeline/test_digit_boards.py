@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import random
 import sys
 from pathlib import Path
@@ -20,10 +22,12 @@ from mmrlhf_jax.data.sources.digit_boards import (
     answers,
     board_of,
     claims,
+    critique_correctness,
     digits,
     perceive,
     ranks,
     read_questions,
+    reason,
     score,
     write_world,
     wrong_claims,
@@ -75,6 +79,43 @@ def test_the_right_answer_has_no_wrong_claim(question: str, right: str) -> None:
 def test_wrong_claims_are_counted_on_any_text(question: str, answer: str, wrong: int, total: int) -> None:
     assert wrong_claims(BOARD, question, answer) == (wrong, total)
     assert score(BOARD, question, answer) == total - wrong
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "critique"),
+    [
+        (LIST, "3 0 7, empty empty 4, 0 1 2.", "right empty right, right right right, right right right. 1 wrong."),
+        (LIST, "3 empty 7, empty empty 4, 0 1.", "right right right, right right right, right right 2. 1 wrong."),
+        (ROW, "empty 0 4 5.", "right empty right surplus. 2 wrong."),
+        (ROW, "", "empty empty 4. 3 wrong."),
+        (EMPTIES, "1 2 1.", "right right 0. 1 wrong."),
+        (EMPTIES, "1 2 0.", "right right right. 0 wrong."),
+    ],
+)
+def test_a_reason_corrects_each_wrong_claim_and_counts_them(question: str, answer: str, critique: str) -> None:
+    assert reason(BOARD, question, answer) == critique
+    wrong, total = wrong_claims(BOARD, question, answer)
+    assert critique.endswith(f". {wrong} wrong.")
+    assert critique_correctness(BOARD, question, answer, critique) == (total + 1, total + 1)
+
+
+@pytest.mark.parametrize(
+    ("critique", "right", "total"),
+    [
+        ("empty right right. 1 wrong", 4, 4),
+        ("right right right. 1 wrong.", 3, 4),  # the error is counted and not named
+        ("empty right right. 2 wrong.", 3, 4),
+        ("empty right right.", 3, 4),  # never counted
+        ("1 wrong.", 1, 4),
+        ("", 0, 4),
+        ("empty empty 4. 1 wrong.", 2, 4),  # corrections of what was right
+        ("empty right right right. 1 wrong.", 4, 5),
+        ("All of it is wrong.", 0, 4),
+        ("wrong", 0, 4),
+    ],
+)
+def test_a_critique_is_judged_statement_by_statement(critique: str, right: int, total: int) -> None:
+    assert critique_correctness(BOARD, ROW, "0 empty 4.", critique) == (right, total)
 
 
 def test_claims_are_words() -> None:
@@ -135,6 +176,8 @@ def test_the_world_goes_through_prepare_with_ranks_and_margins_in_claims(world: 
             board, question = board_of(rows[group.id]), group.prompt[0].text
             right = [score(board, question, response.text) for response in group.responses]
             assert [response.score for response in group.responses] == right == sorted(right, reverse=True)
+            for response in group.responses:
+                assert response.reason == reason(board, question, response.text)
             expected = {(i, j): right[i] - right[j] for i in range(4) for j in range(4) if right[i] > right[j]}
             found = {(p.chosen, p.rejected): group.margin(p) for p in group.pairs}
             assert found == expected
@@ -147,6 +190,12 @@ def test_the_same_configuration_makes_the_same_world_once(world: Path, tmp_path:
         assert (tmp_path / "again" / f"{split}.jsonl").read_text() == (world / f"{split}.jsonl").read_text()
     with pytest.raises(ValueError, match="something other than this world"):
         write_world(world, WorldConfig(train_boards=12, held_out_boards=5, seed=4))
+
+
+def test_a_world_of_an_earlier_version_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    (tmp_path / "world.json").write_text(json.dumps(dataclasses.asdict(SMALL), indent=2) + "\n")
+    with pytest.raises(ValueError, match="something other than this world"):
+        write_world(tmp_path, SMALL)
 
 
 def test_without_scikit_learn_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ A board is a square of cells, each empty or holding one digit of scikit-learn's 
 https://archive.ics.uci.edu/dataset/80). Four answerers look at it, each careless in its own degree: they take empty
 cells for zeros, a habit they share, and misread digits, each in its own way. What an answerer then says follows exactly
 from the board it saw, so that the wrong claims of its answer can be counted against the true one. Nothing is judged.
+Every answer comes with a reason, the critique of somebody who sees the true board: claim by claim it is right or
+corrected, then the wrong ones are counted.
 
 `write_world` writes files for `launch/prepare.py`; the functions above it score any text, a model's included:
 
@@ -34,7 +36,11 @@ CELL = 8  # pixels
 EMPTY = "empty"
 RESPONSES = 4
 SPLITS = ("train", "held_out")
-MAPPING = ("id=id", "image=image", "prompt=question", "responses=answers", "rank=rank", "score=score")
+MAPPING = (
+    "id=id", "image=image", "prompt=question", "responses=answers", "rank=rank", "score=score", "reason=reasons",
+)  # fmt: skip
+RIGHT, WRONG, SURPLUS = "right", "wrong", "surplus"
+WORLD_VERSION = 2  # raise it whenever the same configuration would make other files
 
 Cell = int | None
 Board = tuple[tuple[Cell, ...], ...]
@@ -138,6 +144,55 @@ def score(board: Board, question: str, answer: str) -> float:
     return float(total - wrong)
 
 
+def reason(board: Board, question: str, answer: str) -> str:
+    """A critique of an answer in free text: claim by claim, laid out like the right answer, then how many are wrong.
+
+    `right` stands for a claim that is right; what should have been claimed for one that is wrong or missing; `surplus`
+    for one too many. "3 0 7." against 3 empty 7 is "right empty right. 1 wrong."
+    """
+    verdicts = _verdicts(board, question, answer)
+    remaining = iter(verdicts)
+    right = Question.parse(question).answer(board)
+    walked = _WORD.sub(lambda _: next(remaining), right).removesuffix(".")
+    return f"{' '.join([walked, *remaining])}. {_count(verdicts)} {WRONG}."
+
+
+def critique_correctness(board: Board, question: str, answer: str, critique: str) -> tuple[int, int]:
+    """(right, total) statements of a critique in free text: a verdict on every claim, and the count it ends in.
+
+    A verdict is right where it is the one `reason` gives. A verdict or count that is missing is wrong, so is a verdict
+    too many; `total` counts those that are due, or made where there are more.
+    """
+    verdicts = _verdicts(board, question, answer)
+    stated, count = _statements(critique)
+    both = list(zip_longest(verdicts, stated))
+    return sum(due == made for due, made in both) + (count == _count(verdicts)), len(both) + 1
+
+
+def stated_count(critique: str) -> str | None:
+    """How many wrong claims a critique ends in, as it says it; None where it does not end in a count."""
+    return _statements(critique)[1]
+
+
+def _statements(critique: str) -> tuple[list[str], str | None]:
+    """The verdicts, and the count before a closing `wrong`."""
+    words = _WORD.findall(critique)
+    return (words[:-2], words[-2]) if len(words) > 1 and words[-1] == WRONG else (words, None)
+
+
+def _count(verdicts: Sequence[str]) -> str:
+    return str(sum(verdict != RIGHT for verdict in verdicts))
+
+
+def _verdicts(board: Board, question: str, answer: str) -> list[str]:
+    """What is to be said of each claim of an answer, and of each it lacks."""
+    right = claims(question, Question.parse(question).answer(board))
+    return [
+        SURPLUS if due is None else RIGHT if due == made else due
+        for due, made in zip_longest(right, claims(question, answer))
+    ]
+
+
 def perceive(board: Board, habit: float, misread: float, rng: random.Random) -> Board:
     """The board somebody believes to see: empty cells as zeros, digits as others or overlooked, with these
     probabilities."""
@@ -172,7 +227,7 @@ def board_of(row: dict[str, Any]) -> Board:
 
 
 def read_questions(directory: Path, split: str) -> list[dict[str, Any]]:
-    """The lines of one split: `id`, `image`, `question`, `answers`, `rank`, `score`, `board`."""
+    """The lines of one split: `id`, `image`, `question`, `answers`, `rank`, `score`, `reasons`, `board`."""
     return [json.loads(line) for line in (directory / f"{split}.jsonl").read_text().splitlines()]
 
 
@@ -181,7 +236,7 @@ def write_world(directory: Path, config: WorldConfig) -> bool:
 
     Raises ValueError when scikit-learn is missing or the directory holds another world.
     """
-    stated = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+    stated = json.dumps({"version": WORLD_VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
     if directory.exists():
         if not (directory / "world.json").exists() or (directory / "world.json").read_text() != stated:
             raise ValueError(f"{directory} holds something other than this world: name another directory")
@@ -243,6 +298,7 @@ def _rows(split: str, count: int, pictures: Pictures, media: Path, config: World
                 "answers": said,
                 "rank": ranks(scores),
                 "score": scores,
+                "reasons": [reason(board, question.text, text) for text in said],
                 "board": board,
             }
 

@@ -1,0 +1,121 @@
+"""Running the programs under launch/ one after another: each is a stage that is run once, timed and resumed.
+
+For programs that make something of many steps on one machine. A stage is done when its record and its product exist;
+what a stage does when it was stopped halfway is the affair of the program it runs.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mmrlhf_jax.command import INTERRUPTED, CommandError, UsageError
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of one directory; each leaves what it took in OUTPUT/stages/ and is run once."""
+
+    output: Path
+    launch: Path
+    """the directory of the programs"""
+
+    def program(self, name: str, product: Path, program: str, *arguments: object) -> None:
+        """Runs LAUNCH/`program`.py as a user would, unless it has been.
+
+        Raises CommandError when the program fails, with its exit code where it was interrupted.
+        """
+        command = [sys.executable, str(self.launch / f"{program}.py"), *map(str, arguments)]
+        self.call(name, product, lambda: _run(name, command))
+
+    def call(self, name: str, product: Path, work: Callable[[], object]) -> None:
+        """Does `work`, which makes `product`, unless it has been done."""
+        record = self.output / "stages" / f"{name}.json"
+        if record.exists() and product.exists():
+            print(f"[{name}] done already")
+            return
+        print(f"[{name}] {product}", flush=True)
+        with _taken() as taken:
+            work()
+        record.parent.mkdir(exist_ok=True)
+        record.write_text(json.dumps(taken) + "\n")
+
+    def taken(self) -> dict[str, dict[str, float]]:
+        """Seconds, CPU seconds and peak GiB of every stage, in order."""
+        records = sorted((self.output / "stages").iterdir(), key=lambda file: file.stat().st_mtime)
+        return {record.stem: json.loads(record.read_text()) for record in records}
+
+    def summary(self) -> list[str]:
+        """What every stage took and what all of them did, a line each."""
+        taken = self.taken()
+        return [
+            *(f"{name:26} {t['seconds']:7.1f} s {t['cpu_seconds']:7.1f} CPU s" for name, t in taken.items()),
+            f"{'all stages':26} {sum(t['seconds'] for t in taken.values()):7.1f} s "
+            f"{sum(t['cpu_seconds'] for t in taken.values()):7.1f} CPU s, peak memory "
+            f"{max(t['peak_gib'] for t in taken.values()):.1f} GiB",
+        ]
+
+
+def claim(output: Path, program: str, options: Mapping[str, Any]) -> None:
+    """Makes OUTPUT the directory of `program` with these options, or raises UsageError where it is something else's."""
+    stated = json.dumps(dict(options), indent=2) + "\n"
+    file = output / f"{program}.json"
+    if file.exists() and file.read_text() != stated:
+        raise UsageError(f"{output} was made with other options (see {file}): name another --output or remove it")
+    if output.exists() and not file.exists() and any(output.iterdir()):
+        raise UsageError(f"{output} exists and holds no {program}: name another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(stated)
+
+
+def stop_on_sigterm() -> None:
+    """SIGTERM ends the stage that runs, which saves what it has, and this program with exit code 75."""
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise CommandError("interrupted; run the same command to go on", INTERRUPTED)
+
+
+def _run(name: str, command: list[str]) -> None:
+    print("  python " + " ".join(command[1:]), flush=True)
+    process = subprocess.Popen(command)
+    try:
+        status = process.wait()
+    except BaseException:  # stopped: so is the program, which saves what it has
+        process.terminate()
+        process.wait()
+        raise
+    if status:
+        code = INTERRUPTED if status == INTERRUPTED else 1
+        raise CommandError(f"stage {name} ended with exit code {status}, see above", code)
+
+
+@contextmanager
+def _taken() -> Iterator[dict[str, float]]:
+    """Filled on leaving: wall and CPU seconds of what ran within, programs included."""
+    taken: dict[str, float] = {}
+    wall, cpu = time.perf_counter(), _cpu_seconds()
+    yield taken
+    taken |= {"seconds": time.perf_counter() - wall, "cpu_seconds": _cpu_seconds() - cpu, "peak_gib": _peak_gib()}
+
+
+def _cpu_seconds() -> float:
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _peak_gib() -> float:
+    """Largest resident memory any program has had so far."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit
