@@ -29,6 +29,8 @@ from mmrlhf_jax.nn.branch_attention import BranchCache, branch_rule
 from mmrlhf_jax.nn.sharding import BATCH_AXES
 
 Read = Callable[[Any, jax.Array], jax.Array]
+# otherwise libtpu 0.0.42 compiles for ever: weights are gathered (`fsdp`) in the layers' loop inside the tokens' loop
+_TPU_OPTIONS = {"xla_tpu_enable_async_collective_fusion": "false"}
 _SAMPLING = -1  # in `Slots.closed`
 
 
@@ -155,7 +157,12 @@ def programs(shape: Shape, mesh: Mesh) -> Programs:
     return Programs(
         blank=jax.jit(functools.partial(blank, shape), out_shardings=state),
         admit=jax.jit(functools.partial(admit, shape), donate_argnums=1, out_shardings=state),
-        run=jax.jit(functools.partial(run, shape), donate_argnums=1, out_shardings=(state, whole)),
+        run=jax.jit(
+            functools.partial(run, shape),
+            donate_argnums=1,
+            out_shardings=(state, whole),
+            compiler_options=_TPU_OPTIONS if shape.compute.platform == "tpu" else None,
+        ),
         collect=jax.jit(lambda said: said, out_shardings=whole),
     )
 

@@ -5,14 +5,20 @@ import dataclasses
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny import TINY
 
 from mmrlhf_jax.groups import Bucket
+from mmrlhf_jax.inference.decoding import Shape, programs
+from mmrlhf_jax.inference.sample import SamplingConfig
+from mmrlhf_jax.models.llava_onevision.model import Compute, declare
 from mmrlhf_jax.models.qwen2.config import Qwen2Config
-from mmrlhf_jax.nn.sharding import MESH_AXES, MeshConfig, make_mesh
+from mmrlhf_jax.nn import params as nn_params
+from mmrlhf_jax.nn.sharding import BATCH_AXES, MESH_AXES, MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.objectives import MMDPO
 from mmrlhf_jax.training.planning import lower_accumulate
 from mmrlhf_jax.training.recipe import ComputeConfig, Recipe
@@ -52,6 +58,34 @@ def test_auto_means_splash_on_a_tpu(tpu_mesh):
     recipe = Recipe(objective=MMDPO(), compute=ComputeConfig(attention="auto"))
     lowered = lower_accumulate(recipe, SMALL, Bucket(2, 2, PROMPT, 256), tpu_mesh)
     assert "tpu_custom_call" in lowered.as_text()
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_decoding_compiles_for_a_tpu_and_holds_no_second_cache(tpu_mesh, temperature):
+    """Over fsdp 2 x tensor 2: weights are gathered inside two nested loops."""
+    declared = nn_params.map_params(lambda p: dataclasses.replace(p, dtype=jnp.bfloat16), declare(SMALL))
+    params = nn_params.abstract(declared, tpu_mesh, ShardingRules())
+    sampling = SamplingConfig(61, temperature, top_p=0.9 if temperature else 1.0)
+    compute = Compute(dtype="bfloat16", platform="tpu")
+    shape = Shape(
+        SMALL, compute, sampling, (5,), (), None, shards=2, rows=2, slots=4, prefix=PROMPT, responses=4, samples=4
+    )
+    made = programs(shape, tpu_mesh)
+    split, whole = NamedSharding(tpu_mesh, P(BATCH_AXES)), NamedSharding(tpu_mesh, P())
+    arguments = [
+        jax.ShapeDtypeStruct((2,), bool, sharding=split),
+        *[jax.ShapeDtypeStruct((), np.int32, sharding=whole)] * 2,
+    ]
+    with jax.set_mesh(tpu_mesh):
+        placed = made.blank.lower().compile().output_shardings
+        state = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), jax.eval_shape(made.blank), placed
+        )
+        memory = made.run.lower(params, state, *arguments).compile().memory_analysis()
+    prefix = 2 * 2 * 1 * PROMPT * SMALL.decoder.head_dim * 2  # keys and values of a device's two rows and one head
+    assert memory.alias_size_in_bytes >= prefix
+    assert memory.temp_size_in_bytes < 4 * prefix
 
 
 def test_the_step_lowers_for_cuda_with_xla():
