@@ -3,12 +3,13 @@
     python launch/annotate.py --dataset DATASET --model MODEL --with reference
     python launch/annotate.py --dataset DATASET --model REWARD_MODEL --with reward
 
-The same command again resumes. Exit codes: 0 done, 1 failed, 2 bad usage.
+The same command again resumes. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted: run again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -25,15 +26,16 @@ from mmrlhf_jax.inference.forward import ForwardConfig
 from mmrlhf_jax.inference.reference import write_reference_logps
 from mmrlhf_jax.inference.reward import RewardModel, Scoring, write_rewards
 from mmrlhf_jax.inference.sample import SamplingConfig
+from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.critique_reward.render import load_reward_renderer
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_renderer
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.data import REFERENCE, reference_key
-from mmrlhf_jax.training.distributed import is_speaker, join_processes, say, wait_for_all
+from mmrlhf_jax.training.distributed import AgreedStop, is_speaker, join_processes, say, wait_for_all
 from mmrlhf_jax.training.model import check_family, load_model, model_fingerprint
 from mmrlhf_jax.training.recipe import INFERENCE
-from mmrlhf_jax.training.runtime import set_up_jax
+from mmrlhf_jax.training.runtime import set_up_jax, stop_signals
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def main() -> None:
         vocab_shards=mesh.shape["tensor"],
     )
     annotate = _reward if arguments.what == "reward" else _reference
-    annotate(arguments, list(dataset.parts()), mesh, compute)
+    with stop_signals() as asked:
+        agreed = AgreedStop(mesh)
+        annotate(arguments, list(dataset.parts()), mesh, compute, lambda: agreed(asked.is_set()))
 
 
 def _check(arguments: Arguments) -> None:
@@ -96,20 +100,22 @@ def _check(arguments: Arguments) -> None:
 
 
 Parts = list[tuple[PreparedDataset, dict[int, int]]]
+Stop = Callable[[], bool]
 
 
-def _reference(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute) -> None:
+def _reference(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, stop: Stop) -> None:
     model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
     check_family(model, arguments.model, reward=False)
     renderer = load_renderer(str(model.assets), arguments.render)
     key = reference_key(model_fingerprint(model.config, model.params), renderer, arguments.dtype)
     for part, row_of in parts:
         rows, store = set(row_of.values()), _open(part, REFERENCE, key)
-        written = write_reference_logps(part, rows, renderer, model, store, mesh, compute, arguments.forward)
+        watch = Watch(stop)
+        written = write_reference_logps(part, rows, renderer, model, store, mesh, compute, arguments.forward, watch)
         _say(written, rows, store)
 
 
-def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute) -> None:
+def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, stop: Stop) -> None:
     model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
     check_family(model, arguments.model, reward=True)
     renderer = load_reward_renderer(str(model.assets), arguments.render, template=arguments.template)
@@ -127,7 +133,7 @@ def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute) ->
     for part, row_of in parts:
         rows, store = set(row_of.values()), _open(part, REWARD, key)
         with progress_bar(shown=generated and is_speaker()) as progress:
-            written = write_rewards(part, rows, judge, scoring, store, progress)
+            written = write_rewards(part, rows, judge, scoring, store, Watch(stop, progress))
         _say(written, rows, store)
 
 

@@ -38,7 +38,6 @@ from mmrlhf_jax.inference.answers import (
     SCORES,
     Policy,
     Sampling,
-    Watch,
     begin,
     finish,
     room_to_answer,
@@ -51,6 +50,7 @@ from mmrlhf_jax.inference.forward import ForwardConfig
 from mmrlhf_jax.inference.prompts import Prompts, dataset_prompts, read_prompts
 from mmrlhf_jax.inference.reward import RewardModel, Scoring
 from mmrlhf_jax.inference.sample import SamplingConfig
+from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.critique_reward.render import RewardRenderer, load_reward_renderer
 from mmrlhf_jax.models.families import read_config
 from mmrlhf_jax.models.llava_onevision.model import Compute

@@ -23,15 +23,15 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from mmrlhf_jax.command import INTERRUPTED, CommandError
 from mmrlhf_jax.data.rewards import GroupReward
 from mmrlhf_jax.groups import Group, Renderer, Response
 from mmrlhf_jax.inference.answer_file import AnswerFile, Record, Saving
-from mmrlhf_jax.inference.engine import DecodeConfig, Progress, Report
+from mmrlhf_jax.inference.engine import DecodeConfig
 from mmrlhf_jax.inference.generate import Answer, generate
 from mmrlhf_jax.inference.prompts import Prompts
 from mmrlhf_jax.inference.reward import RewardModel, Scoring, rewards_of
 from mmrlhf_jax.inference.sample import SamplingConfig
+from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, where
 from mmrlhf_jax.training.distributed import check_agreement, is_speaker, wait_for_all
@@ -57,31 +57,6 @@ class Sampling:
     samples: int = 1
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
-
-
-@dataclass
-class Watch:
-    """Ends the work when `stop` says so, after what had finished by then is kept.
-
-    `stop` gives the same answer on every process, each of which asks it at the same moments.
-    """
-
-    stop: Callable[[], bool]
-    report: Report | None = None
-    asked: bool = False
-
-    def look(self, now: Progress) -> None:
-        """For `decode`, which reports requests as done before it hands them out: they are out at the next report."""
-        if self.report is not None:
-            self.report(now)
-        if self.asked:
-            self.check()
-        self.asked = self.stop()
-
-    def check(self) -> None:
-        """Raises CommandError where it is time to stop."""
-        if self.asked or self.stop():
-            raise CommandError("interrupted; what is done is kept: run the same command to go on", INTERRUPTED)
 
 
 def begin(file: AnswerFile, settings: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.groups import Group, Renderer
 from mmrlhf_jax.inference.forward import Forward, ForwardConfig, forward_parts
+from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.llava_onevision.model import Compute, LlavaOnevision, response_logps
 from mmrlhf_jax.training.distributed import is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
@@ -31,9 +32,10 @@ def write_reference_logps(
     mesh: Mesh,
     compute: Compute,
     config: ForwardConfig,
+    watch: Watch,
 ) -> int:
     """Stores `logp` f32 [tokens of all responses, end to end] for each of `rows` that has none yet; returns how many
-    it wrote."""
+    it wrote. Raises CommandError when stopped; what is done is stored then."""
     groups = list(dataset.groups())
     todo = sorted(set(rows) - store.done())
     wait_for_all("every process knows what there is to do")
@@ -44,13 +46,16 @@ def write_reference_logps(
     pending: dict[int, np.ndarray] = {}
     forward = Forward(dataset, groups, renderer, model, mesh, config, logps)
     with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="group", disable=not is_speaker()) as bar:
-        for batch, logp, count, mine in forward_parts(forward, todo) if todo else ():
-            found = split_rows(logp, batch, dataset.path)
-            pending.update({row: values for row, values in found.items() if row in mine})
-            bar.update(count)
-            if len(pending) >= config.rows_per_part:
-                _flush(store, groups, pending)
-    _flush(store, groups, pending)
+        try:
+            for batch, logp, count, mine in forward_parts(forward, todo) if todo else ():
+                found = split_rows(logp, batch, dataset.path)
+                pending.update({row: values for row, values in found.items() if row in mine})
+                bar.update(count)
+                watch.check()
+                if len(pending) >= config.rows_per_part:
+                    _flush(store, groups, pending)
+        finally:
+            _flush(store, groups, pending)
     wait_for_all("every process has stored its rows")
     return len(todo)
 

@@ -32,6 +32,7 @@ from mmrlhf_jax.inference.engine import DecodeConfig, Report, Request, Samples, 
 from mmrlhf_jax.inference.forward import Forward, ForwardConfig, GroupList, forward_everywhere
 from mmrlhf_jax.inference.generate import stop_tokens
 from mmrlhf_jax.inference.sample import SamplingConfig
+from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.critique_reward.model import CritiqueReward, read_score, scores
 from mmrlhf_jax.models.critique_reward.render import RewardRenderer, without_critiques
 from mmrlhf_jax.models.llava_onevision.model import Compute
@@ -98,11 +99,15 @@ def score_groups(
 
 
 def write_rewards(
-    dataset: PreparedDataset, rows: Collection[int], judge: RewardModel, scoring: Scoring, store: AnnotationStore,
-    progress: Report | None = None,
-) -> int:  # fmt: skip
+    dataset: PreparedDataset,
+    rows: Collection[int],
+    judge: RewardModel,
+    scoring: Scoring,
+    store: AnnotationStore,
+    watch: Watch,
+) -> int:
     """Stores the reward of each of `rows` that has none yet, and the store's readable file; returns how many it wrote.
-    Among several processes the speaker writes."""
+    Among several processes the speaker writes. Raises CommandError when stopped; what is done is stored then."""
     scoring = scoring.of(judge)
     groups = list(dataset.groups())
     todo = sorted(set(rows) - store.done())
@@ -110,12 +115,14 @@ def write_rewards(
     pending: dict[int, GroupReward] = {}
     written = time.monotonic()
     try:
-        for rewards in rewards_of(dataset, groups, todo, judge, scoring, progress) if todo else ():
+        for rewards in rewards_of(dataset, groups, todo, judge, scoring, watch.look) if todo else ():
             pending |= rewards
+            if scoring.critiques != "generated":  # decoding looks by itself
+                watch.check()
             if len(pending) >= scoring.forward.rows_per_part or time.monotonic() - written > FLUSH_SECONDS:
                 _flush(store, groups, pending)
                 written = time.monotonic()
-    finally:  # also when interrupted: what is done is kept
+    finally:
         _flush(store, groups, pending)
     wait_for_all("every process has stored its rows")
     if is_speaker():

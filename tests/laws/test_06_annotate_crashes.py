@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -78,3 +79,24 @@ def test_twenty_random_kills_lose_and_double_nothing(tmp_path):
             np.testing.assert_array_equal(stored[row][name], values, err_msg=f"row {row} {name}")
     readable = [next(Path(path).glob("annotations/reward-*/rewards.jsonl")) for path in (world.dataset, undisturbed)]
     assert readable[0].read_bytes() == readable[1].read_bytes()
+
+
+def test_sigterm_keeps_what_is_done_and_asks_to_be_run_again(tmp_path):
+    world = make_small_world(tmp_path, 30)
+    judge = write_reward_model(tmp_path / "judge")
+    one_part = [*arguments(world.dataset, judge), "--rows-per-part", 1000, "--decode.steps", 8]
+    process = subprocess.Popen(
+        command("annotate", *one_part), env=environment(1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    said = ""
+    while not re.search(r"[1-9]\d*/30 ", said):  # the bar: some groups are done
+        said += process.stderr.read(1)
+    process.terminate()
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 75, said + rest
+    assert "interrupted; what is done is kept" in rest
+    (store,) = find(world.dataset, "reward")
+    assert 0 < len(store.done()) < 30
+    run("annotate", *one_part)
+    assert store.done() == set(range(30))
