@@ -219,6 +219,7 @@ def _generated(
         Request(renderer.measure(group), partial(_render, _Bare(source), row, renderer), group.content_hash())
         for row, group in enumerate(bare)
     ]
+    _check_room(groups, requests, scoring.sampling.max_new_tokens + len(renderer.closing), renderer.max_positions)
     said = decode(
         requests,
         params=judge.model.params,
@@ -240,6 +241,18 @@ def _generated(
         reward = _reward_of(samples, partial(_text, renderer))
         _check_finite(reward.scores, source.path, row)
         yield {row: reward}
+
+
+def _check_room(groups: Sequence[Group], requests: Sequence[Request], new: int, most: int) -> None:
+    """Raises ValueError naming the groups whose conversations leave no room for `new` tokens of critique."""
+    longest = [request.lengths.prompt + max(request.lengths.responses) for request in requests]
+    if long := [group for group, tokens in zip(groups, longest, strict=True) if tokens + new > most]:
+        where = ", ".join(str(group.origins[0]) if group.origins else group.id for group in long[:3])
+        raise ValueError(
+            f"{len(long)} of {len(groups)} groups leave no room for {new} tokens of critique and its closing in the "
+            f"model's {most} positions ({where}{', ...' if len(long) > 3 else ''}; up to {max(longest)} tokens): lower "
+            "--max-new-tokens, use fewer --render.frames, or prepare without them (--max-tokens)"
+        )
 
 
 def _render(source: GroupSource, row: int, renderer: RewardRenderer) -> Rendered:
