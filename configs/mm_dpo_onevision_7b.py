@@ -3,7 +3,8 @@
 Published: beta 0.1, w 0.5, k 0.5, one epoch, tower frozen, 384 pairs a step (32 GPUs x 1 x 12 in the released script):
 with 3 to 5 ranked responses a picture that is about 96 groups. Learning rate (grid 1e-7 to 1e-5) and weight of the NLL
 term (grid 0 to 1) were searched; 1e-6 and 0.25 are the released script's. 10 frames a video, as released training.
-Margins must come with the data: --margin-column, or a score for every response.
+Margins: --margins reward, after launch/annotate.py --with reward; or they come with the data (--margin-column, or a
+score for every response).
 
 Hardware and meshes; one flag each. None has been run yet, so no time is claimed:
     8 x H100 80 GB      --mesh.fsdp 8

@@ -152,7 +152,8 @@ def check_margins(groups: Sequence[Group]) -> None:
         where = ", ".join(str(group.origins[0]) for group in bare[:3]) + (", ..." if len(bare) > 3 else "")
         raise MissingMargin(
             f"{len(bare)} of {len(groups)} groups have a pair without a margin ({where}); this objective needs one. "
-            "Prepare with --margin-column NAME (or --source mapped --map score=...), or train without margins"
+            "Score the responses (launch/annotate.py --with reward) and train with --margins reward, "
+            "prepare with --margin-column NAME (or --source mapped --map score=...), or train without margins"
         )
 
 
