@@ -9,6 +9,8 @@ The same command again resumes. Exit codes: 0 done, 1 failed, 2 bad usage, 75 in
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -20,7 +22,7 @@ from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.datasets import open_dataset
-from mmrlhf_jax.data.rewards import REWARD, Critiques
+from mmrlhf_jax.data.rewards import REWARD, Critiques, cut_short, note_command, read_rewards, write_readable
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
 from mmrlhf_jax.inference.forward import ForwardConfig
 from mmrlhf_jax.inference.reference import write_reference_logps
@@ -33,7 +35,7 @@ from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_rendere
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.data import REFERENCE, reference_key
 from mmrlhf_jax.training.distributed import AgreedStop, is_speaker, join_processes, say, wait_for_all
-from mmrlhf_jax.training.model import check_family, load_model, model_fingerprint
+from mmrlhf_jax.training.model import absolute, check_family, load_model, model_fingerprint
 from mmrlhf_jax.training.recipe import INFERENCE
 from mmrlhf_jax.training.runtime import set_up_jax, stop_signals
 
@@ -132,9 +134,16 @@ def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, st
     }
     for part, row_of in parts:
         rows, store = set(row_of.values()), _open(part, REWARD, key)
+        if is_speaker():
+            note_command(store, absolute(arguments.model), shlex.join(["python", *sys.argv]))
         with progress_bar(shown=generated and is_speaker()) as progress:
-            written = write_rewards(part, rows, judge, scoring, store, Watch(stop, progress))
+            written = write_rewards(part, list(part.groups()), rows, judge, scoring, store, Watch(stop, progress))
+        if is_speaker():
+            write_readable(store, part)
         _say(written, rows, store)
+        if generated:
+            cut, critiques = cut_short(read_rewards(store, part).values())
+            say(*[f"note: {cut} of {critiques} critiques were cut short: raise --max-new-tokens"] * bool(cut))
 
 
 def _open(part: PreparedDataset, kind: str, key: dict[str, Any]) -> AnnotationStore:

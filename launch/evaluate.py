@@ -5,8 +5,8 @@
     python launch/evaluate.py vl_reward_bench --model MODEL --input test.parquet --output DIR
 
 A table on stdout, DIR/results.json and DIR/rows.jsonl (one line a row of the input). Without --model only the figures
-that need none, and no picture is read. One process, with all its devices. The same command again finds the work done.
-Exit codes: 0 done, 1 failed, 2 bad usage.
+that need none, and no picture is read. One process, with all its devices. The same command again resumes, or finds the
+work done. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted: run again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from tqdm import tqdm
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.command import UsageError, run_command
+from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaRoot
-from mmrlhf_jax.data.rewards import Critiques
+from mmrlhf_jax.data.rewards import REWARD, Critiques, read_rewards
 from mmrlhf_jax.data.sources.pictures import PictureStore
 from mmrlhf_jax.evaluation import reward_bench, vl_reward_bench
 from mmrlhf_jax.evaluation.comparisons import (
@@ -44,16 +45,17 @@ from mmrlhf_jax.evaluation.comparisons import (
 from mmrlhf_jax.evaluation.results import Benchmark, figures, find_done, table, write
 from mmrlhf_jax.groups import Group
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
-from mmrlhf_jax.inference.forward import ForwardConfig
-from mmrlhf_jax.inference.reward import RewardModel, Scoring, score_groups
+from mmrlhf_jax.inference.forward import ForwardConfig, GroupList
+from mmrlhf_jax.inference.reward import RewardModel, Scoring, write_rewards
 from mmrlhf_jax.inference.sample import SamplingConfig
+from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.critique_reward.render import RewardRenderer, load_reward_renderer
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.model import absolute, check_family, load_model, model_fingerprint
 from mmrlhf_jax.training.recipe import INFERENCE
-from mmrlhf_jax.training.runtime import set_up_jax
+from mmrlhf_jax.training.runtime import set_up_jax, stop_signals
 
 READERS = 4  # threads that read and decode pictures
 BENCHMARKS = {one.name: one for one in (reward_bench.BENCHMARK, vl_reward_bench.BENCHMARK)}
@@ -194,9 +196,13 @@ def _with_model(arguments: Arguments, benchmark: Benchmark, settings: dict[str, 
     generated = scoring.critiques == "generated"
     closing = len(judge.renderer.closing) if isinstance(judge.renderer, RewardRenderer) else 0
     check_lengths(groups, judge.renderer, (arguments.sampling.max_new_tokens + closing) * generated)
-    with progress_bar(shown=generated) as progress:
-        scored = score_groups(groups, judge, scoring, progress)
-    _finish(arguments, benchmark, settings, rows, (places, scored))
+    store = AnnotationStore.open(arguments.output, REWARD, settings)
+    source = GroupList(tuple(groups), arguments.input)
+    with stop_signals() as asked, progress_bar(shown=generated) as progress:
+        write_rewards(source, groups, range(len(groups)), judge, scoring, store, Watch(asked.is_set, progress))
+    scored = read_rewards(store, source)
+    _finish(arguments, benchmark, settings, rows, (places, [scored[row] for row in range(len(groups))]))
+    store.directory.parent.rmtree()  # everything stands in rows.jsonl now
 
 
 def _read_with_pictures(

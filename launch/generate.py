@@ -9,9 +9,10 @@ a path under --media, a data URI, {bytes, path}, or a list of these; or `video`,
 columns are not read.
 
 A line of the output, in the order of the input: {"id", "line", "prompt", "responses": [{"text", "tokens", "ended"},
-...]}; with --reward each response also has "score", and with generated critiques "scores" and "critiques", and the
-line "best", the index of the highest score (the first of equals). A dataset's prompts have "row", counted from 0, in
-place of "line". `tokens` counts them; `ended` is false where --max-new-tokens cut an answer off.
+...]}; with --reward each response also has "score", and with generated critiques "scores", "critiques" and
+"critiques_ended", and the line "best", the index of the highest score (the first of equals). A dataset's prompts have
+"row", counted from 0, in place of "line". `tokens` counts them; `ended` is false where --max-new-tokens cut an answer
+off.
 
 OUTPUT appears when it is whole; until then what is done waits in OUTPUT.parts. OUTPUT.settings.json says what the
 answers depend on. The same command again resumes. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted.
@@ -173,9 +174,10 @@ def answer(arguments: Arguments, mesh: Mesh, asked: threading.Event, folder: str
     if judging is not None:
         prompts = prompts.without(room_to_score(judging.renderer, arguments.sampling, judging.scoring))
     file = AnswerFile(to_path(arguments.output), prompts.unit)
-    file.check({})  # nothing is written beside a file of someone else's
+    settings = _settings(arguments, prompts, renderer, judging)
+    file.check(settings)  # before anything is written beside it
     _settle_rejected(arguments, prompts, file)
-    begin(file, _settings(arguments, prompts, renderer, judging))
+    begin(file, settings)
     finished = file.finished()
     check_agreement(f"view of {file.path}, which must be on storage that all hosts share,", str(finished))
 
@@ -245,7 +247,7 @@ def _settle_rejected(arguments: Arguments, prompts: Prompts, file: AnswerFile) -
         lines.append(f"  ... and {len(prompts.rejected) - SHOWN} more")
     listed = "\n".join(lines)
     if not prompts.groups or not arguments.skip_bad:
-        cure = "mend them, or answer the others with --skip-bad" if prompts.groups else "mend them"
+        cure = "mend the cause, or answer the others with --skip-bad" if prompts.groups else "mend the cause"
         raise CommandError(f"{said}; {file.rejected} lists them: {cure}\n{listed}")
     say(f"{said}; {file.rejected} lists them")
 
@@ -299,7 +301,10 @@ def _score(work: Work, judging: Judging) -> None:
 def _summary(lines: list[Record], file: AnswerFile) -> str:
     answers = [response for line in lines for response in line["responses"]]
     cut = sum(not response["ended"] for response in answers)
-    return f"{len(answers)} answers to {len(lines)} prompts in {file.path}; --max-new-tokens cut off {cut}"
+    said = f"{len(answers)} answers to {len(lines)} prompts in {file.path}; --max-new-tokens cut off {cut}"
+    if critiques := [ended for response in answers for ended in response.get("critiques_ended", ())]:
+        said += f"; --critique.max-new-tokens cut off {critiques.count(False)} of {len(critiques)} critiques"
+    return said
 
 
 if __name__ == "__main__":

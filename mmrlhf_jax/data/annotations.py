@@ -16,19 +16,29 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 
 from mmrlhf_jax import storage
-from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.groups import Group
 
 _KIND = re.compile(r"[a-z][a-z0-9_]*")
 _PART = re.compile(r"part-(\d+)-(\d+)\.npz")
+
+
+class Rows(Protocol):
+    """What annotations belong to: a prepared dataset, or groups at hand."""
+
+    @property
+    def path(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def groups(self) -> Iterator[Group]: ...
 
 
 class AnnotationError(ValueError):
@@ -106,7 +116,7 @@ class AnnotationStore:
         self._rows_of[name] = tuple(int(row) for row in rows)
 
     def read(
-        self, dataset: PreparedDataset, content: Callable[[Group], str] = Group.content_hash
+        self, dataset: Rows, content: Callable[[Group], str] = Group.content_hash
     ) -> dict[int, dict[str, np.ndarray]]:
         """All stored rows: row -> name -> array. `content` is the hash of a group that its rows were written with.
 
@@ -126,9 +136,7 @@ class AnnotationStore:
         self._check_content(dataset, hash_of, content)
         return stored
 
-    def _check_content(
-        self, dataset: PreparedDataset, hash_of: Mapping[int, str], content: Callable[[Group], str]
-    ) -> None:
+    def _check_content(self, dataset: Rows, hash_of: Mapping[int, str], content: Callable[[Group], str]) -> None:
         outside = [row for row in hash_of if not 0 <= row < len(dataset)]
         if outside:
             raise AnnotationError(f"{self.directory}: row {outside[0]} is not in {dataset.path}; delete the directory")

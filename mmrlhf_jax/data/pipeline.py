@@ -283,10 +283,12 @@ def measure(groups: Sequence[Group], renderer: Renderer) -> list[Lengths]:
     most = renderer.max_positions
     long = [g for g, n in zip(groups, lengths, strict=True) if n.prompt + max(n.responses) > most]
     if long:
+        first = long[0].origins[0] if long[0].origins else long[0].id
+        longest = max(n.prompt + max(n.responses) for n in lengths)
         raise ValueError(
-            f"{len(long)} of {len(groups)} groups have more tokens than the model's {most} positions "
-            f"({long[0].origins[0]} first). Prepare again with --model: they are then listed and left out; or use "
-            "fewer --render.frames"
+            f"{len(long)} of {len(groups)} groups have more tokens than the model's {most} positions ({first} first): "
+            f"up to {longest}, template and critique of a reward model included. Use fewer --render.frames or a "
+            "shorter reward template, or prepare with --model and --max-tokens: they are then listed and left out"
         )
     return lengths
 

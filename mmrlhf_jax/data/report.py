@@ -70,6 +70,7 @@ class Report:
     buckets: tuple[str, ...] = ()
     margins: tuple[float, ...] = ()
     negative_margins: int = 0
+    reasons: int = 0
     reused: bool = False
 
     @property
@@ -107,6 +108,7 @@ class Report:
             f"groups     {self.groups} ({histogram})",
             f"pairs      {self.pairs}, ties {self.ties}, groups without pairs {self.without_pairs}",
             f"orders     {self.complete} complete, {self.partial} partial",
+            f"reasons    of {self.reasons} responses, {sum(k * n for k, n in self.responses.items())} in all",
             f"media      {self.pictures} pictures, {self.videos} videos ({self.frames} frames), "
             f"{self.text_only} text-only groups",
         ]
@@ -157,6 +159,7 @@ def report_of(
         complete=sum(complete),
         partial=len(groups) - sum(complete),
         without_pairs=sum(not group.pairs for group in groups),
+        reasons=sum(response.reason is not None for group in groups for response in group.responses),
         pictures=len(media) - len(videos),
         videos=len(videos),
         frames=sum(len(m.sizes) for m in videos),

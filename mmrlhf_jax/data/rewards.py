@@ -11,18 +11,19 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from mmrlhf_jax import storage
-from mmrlhf_jax.data.annotations import AnnotationStore, find
+from mmrlhf_jax.data.annotations import AnnotationStore, Rows, find
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.datasets import Dataset
 from mmrlhf_jax.groups import Group
 
 REWARD = "reward"  # the kind of annotation
 READABLE = "rewards.jsonl"
+MADE_BY = "made_by.json"
 
 Critiques = Literal["generated", "human", "none"]
 
@@ -67,14 +68,21 @@ def content_of(group: Group, critiques: str) -> str:
     return group.content_hash(reasons=critiques == "human")
 
 
-def read_rewards(store: AnnotationStore, dataset: PreparedDataset) -> dict[int, GroupReward]:
+def read_rewards(store: AnnotationStore, dataset: Rows) -> dict[int, GroupReward]:
     """All rows of a store. Raises AnnotationError where a group has changed since."""
     stored = store.read(dataset, lambda group: content_of(group, store.key["critiques"]))
     return {row: GroupReward.from_arrays(arrays) for row, arrays in stored.items()}
 
 
+def cut_short(rewards: Iterable[GroupReward]) -> tuple[int, int]:
+    """How many critiques were cut before the model closed them, and how many there are."""
+    ended = [one for reward in rewards for one in reward.ended.ravel().tolist()]
+    return ended.count(False), len(ended)
+
+
 def write_readable(store: AnnotationStore, dataset: PreparedDataset) -> None:
-    """The store's rewards.jsonl: a line a group with its id and, of each response, text, score and critiques."""
+    """The store's rewards.jsonl: a line a group with its id and, of each response in the order of the dataset, text,
+    rank (0 is the best), score, the score behind each critique, the critiques, and whether each was `ended`."""
     rewards = read_rewards(store, dataset)
     lines = []
     for row, group in enumerate(dataset.groups()):
@@ -88,6 +96,7 @@ def write_readable(store: AnnotationStore, dataset: PreparedDataset) -> None:
                 "score": reward.score[k],
                 "scores": reward.scores[k].tolist(),
                 "critiques": list(reward.critiques[k]),
+                "ended": reward.ended[k].tolist(),
             }
             for k, r in enumerate(group.responses)
         ]
@@ -110,27 +119,43 @@ def stored_scores(dataset: Dataset, asked: str, command: str) -> dict[int, tuple
     """
     found: dict[int, tuple[float, ...]] = {}
     for part, row_of in dataset.parts():
-        rewards = read_rewards(_store_beside(part, asked, command), part)
+        store = _store_beside(part, asked, command)
+        rewards = read_rewards(store, part)
         if missing := sorted(set(row_of.values()) - rewards.keys()):
             raise ValueError(
                 f"{part.path}: {len(missing)} groups have no reward yet (row {missing[0]} first). Finish them: "
-                f"{command}"
+                f"{_made_by(store).get('command', command)}"
             )
         found |= {row: rewards[own].score for row, own in row_of.items()}
     return found
 
 
 def _store_beside(part: PreparedDataset, asked: str, command: str) -> AnnotationStore:
-    stores = find(part.path, REWARD)
+    stores = [store for store in find(part.path, REWARD) if store.done()]  # a refused annotation leaves an empty one
     chosen = [store for store in stores if asked in (REWARD, store.directory.name)]
     if not chosen:
         there = "; there: " + ", ".join(store.directory.name for store in stores) if stores else ""
         raise ValueError(f"{part.path} has no rewards {asked!r}{there}. Make them: {command}")
     if len(chosen) > 1:
-        names = "\n  ".join(f"{store.directory.name}: {_described(store.key)}" for store in chosen)
-        raise ValueError(f"{part.path} has rewards made in several ways; set margins to one of\n  {names}")
+        names = "\n  ".join(f"{s.directory.name}: {len(s.done())} groups, {_described(s)}" for s in chosen)
+        raise ValueError(f"{part.path} has rewards made in several ways; choose with --margins one of\n  {names}")
     return chosen[0]
 
 
-def _described(key: Mapping[str, Any]) -> str:
-    return f"critiques {key['critiques']}, {key['samples']} samples, {key['dtype']}, model {key['model'][:12]}"
+def note_command(store: AnnotationStore, model: str, command: str) -> None:
+    """Leaves word beside the key of who made a store, for messages: names, on which nothing depends."""
+    if not (store.directory / MADE_BY).exists():
+        text = json.dumps({"model": model, "command": command}, indent=2) + "\n"
+        storage.write_whole(store.directory / MADE_BY, text.encode())
+
+
+def _made_by(store: AnnotationStore) -> dict[str, str]:
+    file = store.directory / MADE_BY
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _described(store: AnnotationStore) -> str:
+    key, sampling = store.key, store.key["sampling"] or {}
+    drawn = ", ".join(f"{name} {value}" for name, value in sampling.items() if value or name == "temperature")
+    said = f"critiques {key['critiques']}, {key['samples']} samples" + (f" ({drawn})" if drawn else "")
+    return f"{said}, {key['dtype']}, model {_made_by(store).get('model', key['model'][:12])}"

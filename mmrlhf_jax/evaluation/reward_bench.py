@@ -12,6 +12,7 @@ case-sensitively; a row whose path contains none counts in `overall` alone. All 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -135,12 +136,12 @@ def _sections(rows: Sequence[Comparison], won: np.ndarray, ids_won: Mapping[str,
         if name == NO_CATEGORY and name not in present:
             continue
         mine = np.array([name in (row.category, "overall") for row in rows])
-        ids = {row.id for row, is_mine in zip(rows, mine.tolist(), strict=True) if is_mine}
+        ids = dict.fromkeys(row.id for row, is_mine in zip(rows, mine.tolist(), strict=True) if is_mine)
         sections[name] = {
             "pairs": int(mine.sum()),
             "groups": len(ids),
             "acc": float(won[mine].mean()) if ids else None,
-            "acc_plus": float(np.mean([ids_won[one] for one in ids])) if ids else None,
+            "acc_plus": math.fsum(ids_won[one] for one in ids) / len(ids) if ids else None,
         }
     return sections
 

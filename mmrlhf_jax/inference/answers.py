@@ -140,7 +140,11 @@ def scored(record: Record, reward: GroupReward, critiques: bool) -> Record:
         k = place[response["text"]]
         more: Record = {"score": reward.score[k]}
         if critiques:
-            more |= {"scores": reward.scores[k].tolist(), "critiques": list(reward.critiques[k])}
+            more |= {
+                "scores": reward.scores[k].tolist(),
+                "critiques": list(reward.critiques[k]),
+                "critiques_ended": reward.ended[k].tolist(),
+            }
         responses.append(response | more)
     best = max(range(len(responses)), key=lambda index: responses[index]["score"])  # the first of equals
     return record | {"responses": responses, "best": best}
@@ -148,13 +152,14 @@ def scored(record: Record, reward: GroupReward, critiques: bool) -> Record:
 
 def room_to_answer(renderer: Renderer, sampling: SamplingConfig) -> Callable[[Group], str | None]:
     """Says why a prompt cannot be answered, if so: it cannot be rendered, or leaves no room for `max_new_tokens`."""
-    return _room(renderer, sampling.max_new_tokens, (), "max_new_tokens", "model")
+    return _room(renderer, sampling.max_new_tokens, (), f"--max-new-tokens {sampling.max_new_tokens}", "model")
 
 
 def room_to_score(renderer: Renderer, sampling: SamplingConfig, scoring: Scoring) -> Callable[[Group], str | None]:
     """Says why the longest answers to a prompt could not be scored, if so."""
     critique = scoring.sampling.max_new_tokens if scoring.critiques == "generated" else 0
-    named = "max_new_tokens of answer and critique" if critique else "max_new_tokens"
+    named = f"--max-new-tokens {sampling.max_new_tokens}"
+    named += f" and --critique.max-new-tokens {critique}" if critique else ""
     return _room(renderer, sampling.max_new_tokens + critique, (Response(""),), named, "reward model")
 
 
@@ -169,7 +174,7 @@ def _room(
         tokens = measured.prompt + sum(measured.responses)
         if tokens + new <= renderer.max_positions:
             return None
-        return f"{tokens} prompt tokens and {named} {new} exceed the {model}'s {renderer.max_positions} positions"
+        return f"{tokens} prompt tokens and {named} exceed the {model}'s {renderer.max_positions} positions: lower them"
 
     return fault
 

@@ -22,6 +22,8 @@ from mmrlhf_jax.nn.sharding import BatchShare, batch_sharding, batch_share, repl
 from mmrlhf_jax.training.model import LoadedModel
 from mmrlhf_jax.training.runtime import to_devices
 
+FLUSH_SECONDS = 20.0  # a killed run loses at most what it did in this time
+
 
 @dataclass(frozen=True)
 class ForwardConfig:
@@ -34,7 +36,7 @@ class ForwardConfig:
     workers: int = 0
     """processes that decode and tokenize; 0 = threads of this one"""
     rows_per_part: int = 256
-    """groups between two writes"""
+    """groups between two writes, which are not more than 20 seconds apart"""
 
 
 class Forwarded(NamedTuple):
@@ -51,11 +53,17 @@ class Forwarded(NamedTuple):
 class GroupList:
     """Groups at hand, pictures included, as a loader's source."""
 
-    groups: tuple[Group, ...]
+    held: tuple[Group, ...]
     path: str = "groups"
 
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def groups(self) -> Iterator[Group]:
+        return iter(self.held)
+
     def with_media(self, row: int) -> Group:
-        return self.groups[row]
+        return self.held[row]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Written in parts as it goes, so a killed run loses at most one part.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Sequence
 
 import jax
@@ -16,7 +17,7 @@ from mmrlhf_jax.batch import EMPTY, GroupBatch
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.groups import Group, Renderer
-from mmrlhf_jax.inference.forward import Forward, ForwardConfig, forward_parts
+from mmrlhf_jax.inference.forward import FLUSH_SECONDS, Forward, ForwardConfig, forward_parts
 from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.llava_onevision.model import Compute, LlavaOnevision, response_logps
 from mmrlhf_jax.training.distributed import is_speaker, wait_for_all
@@ -44,6 +45,7 @@ def write_reference_logps(
         return response_logps(params, model.config, batch, compute).logp
 
     pending: dict[int, np.ndarray] = {}
+    stored = time.monotonic()
     forward = Forward(dataset, groups, renderer, model, mesh, config, logps)
     with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="group", disable=not is_speaker()) as bar:
         try:
@@ -52,8 +54,9 @@ def write_reference_logps(
                 pending.update({row: values for row, values in found.items() if row in mine})
                 bar.update(count)
                 watch.check()
-                if len(pending) >= config.rows_per_part:
+                if len(pending) >= config.rows_per_part or time.monotonic() - stored > FLUSH_SECONDS:
                     _flush(store, groups, pending)
+                    stored = time.monotonic()
         finally:
             _flush(store, groups, pending)
     wait_for_all("every process has stored its rows")

@@ -23,13 +23,12 @@ from tqdm import tqdm
 
 from mmrlhf_jax.batch import GroupBatch
 from mmrlhf_jax.data.annotations import AnnotationStore
-from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.media import decode as decode_picture
 from mmrlhf_jax.data.pipeline import GroupSource
-from mmrlhf_jax.data.rewards import Critiques, GroupReward, content_of, write_readable
+from mmrlhf_jax.data.rewards import Critiques, GroupReward, content_of
 from mmrlhf_jax.groups import Group, Rendered
 from mmrlhf_jax.inference.engine import DecodeConfig, Report, Request, Samples, decode
-from mmrlhf_jax.inference.forward import Forward, ForwardConfig, GroupList, forward_everywhere
+from mmrlhf_jax.inference.forward import FLUSH_SECONDS, Forward, ForwardConfig, GroupList, forward_everywhere
 from mmrlhf_jax.inference.generate import stop_tokens
 from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.inference.watch import Watch
@@ -41,7 +40,6 @@ from mmrlhf_jax.training.distributed import is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
 
 Rewards = Iterator[dict[int, GroupReward]]
-FLUSH_SECONDS = 60.0  # a killed run loses at most what it did in this time
 
 
 @dataclass(frozen=True)
@@ -77,8 +75,8 @@ class Scoring:
             raise ValueError(f"{renderer.name}: a scalar reward model reads no critiques: use --critiques none")
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}; it must be at least 1")
-        if self.samples > 1 and critiques != "generated":
-            raise ValueError(f"{self.samples} samples of {critiques} critiques are the same: leave out --samples")
+        if critiques != "generated" and (self.samples > 1 or self.sampling != SamplingConfig()):
+            raise ValueError(f"with --critiques {critiques} nothing is sampled: leave out --samples and how to sample")
         if self.samples > 1 and self.sampling.temperature == 0:
             raise ValueError(f"{self.samples} greedy critiques are the same: set --temperature above 0")
         return dataclasses.replace(self, critiques=critiques)
@@ -99,23 +97,23 @@ def score_groups(
 
 
 def write_rewards(
-    dataset: PreparedDataset,
+    source: GroupSource,
+    groups: Sequence[Group],
     rows: Collection[int],
     judge: RewardModel,
     scoring: Scoring,
     store: AnnotationStore,
     watch: Watch,
 ) -> int:
-    """Stores the reward of each of `rows` that has none yet, and the store's readable file; returns how many it wrote.
+    """Stores the reward of each of `rows` that has none yet; returns how many it wrote. `groups` are all of `source`.
     Among several processes the speaker writes. Raises CommandError when stopped; what is done is stored then."""
     scoring = scoring.of(judge)
-    groups = list(dataset.groups())
     todo = sorted(set(rows) - store.done())
     wait_for_all("every process knows what there is to do")
     pending: dict[int, GroupReward] = {}
     written = time.monotonic()
     try:
-        for rewards in rewards_of(dataset, groups, todo, judge, scoring, watch.look) if todo else ():
+        for rewards in rewards_of(source, groups, todo, judge, scoring, watch.look) if todo else ():
             pending |= rewards
             if scoring.critiques != "generated":  # decoding looks by itself
                 watch.check()
@@ -124,9 +122,7 @@ def write_rewards(
                 written = time.monotonic()
     finally:
         _flush(store, groups, pending)
-    wait_for_all("every process has stored its rows")
-    if is_speaker():
-        write_readable(store, dataset)
+    wait_for_all("the rewards are stored")
     return len(todo)
 
 

@@ -34,6 +34,8 @@ class RunData:
     buckets: BucketPlan
     plan: StepPlan
     loader: Loader
+    critiques: tuple[int, int] | None = None
+    """of a run that learns to criticise: responses with a reason to learn from, and all"""
 
 
 def selection_of(recipe: Recipe) -> Selection:
@@ -79,6 +81,7 @@ def measure_data(recipe: Recipe, dataset: Dataset, renderer: Renderer, *, held_o
 def plan_data(recipe: Recipe, measured: Measured, config: LlavaOnevisionConfig, share: BatchShare) -> RunData:
     """Plans the whole run. Raises ValueError where the data cannot serve the objective."""
     selection = selection_of(recipe)
+    critiques = _critiques(recipe, measured)
     items = select(measured.groups, measured.lengths, selection, measured.train)
     buckets = bucket_items(items, recipe.data, config, shards=share.of)
     plan = plan_steps(
@@ -90,7 +93,21 @@ def plan_data(recipe: Recipe, measured: Measured, config: LlavaOnevisionConfig, 
         seed=recipe.seed,
         whole_step=recipe.objective.needs_step_statistics,
     )
-    return RunData(items, buckets, plan, _loader(measured, items, buckets, selection, share))
+    return RunData(items, buckets, plan, _loader(measured, items, buckets, selection, share), critiques)
+
+
+def _critiques(recipe: Recipe, measured: Measured) -> tuple[int, int] | None:
+    """Of a run that learns to criticise: responses with a reason to learn from, and all. Raises ValueError for none."""
+    if not isinstance(recipe.objective, CritiqueReward):
+        return None
+    responses = [response for row in measured.train for response in measured.groups[row].responses]
+    learned = sum(response.reason is not None for response in responses)
+    if not learned:
+        raise ValueError(
+            f"none of {len(responses)} responses has a reason, so there is no critique to learn: prepare them with "
+            "(mm_rlhf: chosen_reason and rejected_reason; mapped: --map reason=...), or train ScalarReward"
+        )
+    return learned, len(responses)
 
 
 def plan_held_out(recipe: Recipe, measured: Measured, config: LlavaOnevisionConfig, share: BatchShare) -> HeldOut:
@@ -142,6 +159,8 @@ def describe(data: RunData, attention: Callable[[Bucket], str]) -> list[str]:
         f"{plan.steps} steps in {len(plan.micro_batches)} micro-batches; {data.buckets.padding_share:.1%} of slots are "
         f"padding, {plan.filler_share:.1%} of their places for groups stay empty",
     ]
+    if data.critiques is not None:
+        lines.append("{} of {} responses have a critique to learn from".format(*data.critiques))
     counts = np.bincount(data.buckets.assignment, minlength=len(data.buckets.buckets))
     return lines + [
         f"  bucket {i}: {bucket}, {n} items, attention {attention(bucket)}"

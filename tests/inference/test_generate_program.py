@@ -256,7 +256,7 @@ BAD = [
 REASONS = (
     "2: 'gone.png' is not under the media root",
     "3: invalid JSON",
-    "4: 5019 prompt tokens and max_new_tokens 5 exceed the model's 4096 positions",
+    "4: 5019 prompt tokens and --max-new-tokens 5 exceed the model's 4096 positions",
 )
 
 

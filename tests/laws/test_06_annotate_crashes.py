@@ -22,7 +22,7 @@ from mmrlhf_jax.data.datasets import open_dataset
 
 pytestmark = pytest.mark.slow
 KILLS = 20
-GROUPS = 70
+GROUPS = 120
 
 
 def arguments(dataset: str, judge: Path) -> tuple:
@@ -38,15 +38,18 @@ def parts(dataset: str) -> list[Path]:
 
 
 def kill_once(dataset: str, judge: Path, *, parts_more: int, delay: float) -> None:
-    """Starts the annotation and kills it `delay` seconds after so many more parts were written (0: after its start)."""
+    """Starts the annotation and kills it `delay` seconds after so many more parts were written (0: after its start),
+    or when it has written four."""
     before = len(parts(dataset))
     process = subprocess.Popen(
         command("annotate", *arguments(dataset, judge)), env=environment(1),
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     while len(parts(dataset)) < before + parts_more and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(delay)
+        time.sleep(0.002)
+    deadline = time.monotonic() + delay
+    while time.monotonic() < deadline and len(parts(dataset)) < before + 4:
+        time.sleep(0.002)
     assert process.poll() is None, "it ended before it could be killed"
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from small_world import ROOT, metrics, run
+from tiny import TINY
 
 from mmrlhf_jax.data.annotations import find
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.rewards import read_rewards
 from mmrlhf_jax.models.critique_reward.config import read_settings, read_template
+from mmrlhf_jax.models.critique_reward.render import RewardRenderer, without_critiques
+from mmrlhf_jax.models.llava_onevision.render import load_renderer
 from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn.params import named_leaves
-from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
+from mmrlhf_jax.nn.sharding import BatchShare, MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.objectives import DPO, MMDPO, ScalarReward
+from mmrlhf_jax.training.data import measure_data, plan_data
 from mmrlhf_jax.training.model import load_adapters, load_model
 from mmrlhf_jax.training.recipe import INFERENCE, LoraConfig, RewardConfig, read_recipe
 from mmrlhf_jax.training.run import Checkpoints
@@ -128,7 +132,7 @@ def test_what_is_missing_or_ambiguous_is_named_with_its_cure(world, judge, store
         "--dtype", "float32")  # fmt: skip
     other = next(found for found in find(world.dataset, "reward") if found.key["critiques"] == "none")
     try:
-        with pytest.raises(ValueError, match=r"made in several ways; set margins to one of\n  reward-"):
+        with pytest.raises(ValueError, match=r"made in several ways; choose with --margins one of\n  reward-"):
             train(dataclasses.replace(wants, margins="reward"), tmp_path / "run")
     finally:
         other.directory.rmtree()
@@ -140,6 +144,7 @@ def test_generated_critiques_are_stored_with_their_scores(world, judge):
                  "--temperature", 1.0, "--max-new-tokens", 8)  # fmt: skip
     said = run("annotate", *arguments)
     assert "12 groups scored" in said
+    assert "note: " in said  # eight tokens cut most of them short
     assert "done already" in run("annotate", *arguments)
     found = next(s for s in find(world.dataset, "reward") if s.key["critiques"] == "generated")
     dataset = open_dataset(world.dataset)
@@ -231,3 +236,19 @@ def test_held_out_groups_are_judged_too(world, tmp_path):
     records = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 3, 6]
     assert all("eval/loss/critique" in record for record in records)
+
+
+def test_without_a_reason_there_is_no_critique_to_learn(world, tmp_path):
+    """Refused before anything is trained: what would come out writes empty critiques."""
+    dataset = open_dataset(world.dataset)
+    measured = measure_data(recipe(world), dataset, renderer_for(world))
+    bare = [without_critiques(group) for group in measured.groups]
+    with pytest.raises(ValueError, match=r"none of \d+ responses has a reason, .* or train ScalarReward"):
+        plan_data(recipe(world), dataclasses.replace(measured, groups=bare), TINY, BatchShare((0,), 1))
+    learned = plan_data(recipe(world), measured, TINY, BatchShare((0,), 1)).critiques
+    assert learned is not None
+    assert learned[0] == learned[1] > 0
+
+
+def renderer_for(world):
+    return RewardRenderer(load_renderer(world.model), read_template(""))
