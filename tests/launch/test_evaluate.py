@@ -14,7 +14,7 @@ import pytest
 from data_samples import picture, row, write_media, write_parquet, write_rows
 from tiny import TINY
 
-from mmrlhf_jax.command import run_command
+from mmrlhf_jax.command import CommandError, run_command
 from mmrlhf_jax.models.critique_reward.config import RewardSettings, read_template
 from mmrlhf_jax.models.families import keys_of
 from mmrlhf_jax.models.llava_onevision.weights import new_directory, save_directory
@@ -187,3 +187,22 @@ def test_a_model_scores_every_row_and_the_figures_are_those_of_its_rows(evaluate
     status, _, error = evaluate(*judged, *mode, "--render.frames", "1")
     assert status == 1
     assert "renderer_fingerprint" in error
+
+
+def test_what_was_scored_before_an_interruption_is_not_scored_again(evaluate, judged, monkeypatch, tmp_path):
+    program = sys.modules["launch_evaluate"]
+
+    def interrupted(*_: object) -> None:
+        raise CommandError("interrupted", 75)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "_finish", interrupted)
+        assert evaluate(*judged, "--critiques", "human")[0] == 75
+    stored = list((tmp_path / "out").glob("annotations/reward-*/part-*.npz"))
+    assert stored
+    with monkeypatch.context() as patch:
+        patch.setattr("mmrlhf_jax.inference.reward.rewards_of", interrupted)
+        status, table, _ = evaluate(*judged, "--critiques", "human")
+    assert status == 0
+    assert "overall" in table
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.json", "rows.jsonl"]
