@@ -8,10 +8,10 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # compiling takes longer than running models of this size: half the time without LLVM's optimisation
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-# on CPUs, collectives that do not depend on each other may start in another order on each virtual device and block the
-# few threads there are, each waiting for another's partner; accelerators start them in one order
-IN_ORDER = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FAST_COMPILE} {IN_ORDER}")
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FAST_COMPILE}")
+# threads of XLA's CPU runtime. It has one a device otherwise; a device that waits for others in a collective holds one,
+# and two programs in flight can then hold all of them, each waiting for a partner that finds none
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "mmrlhf-test-compilation-cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -120,7 +120,11 @@ def start_hosts(program: str, *arguments: object, processes: int, devices: int) 
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
+    # On CPUs a program's independent collectives may start in another order on each host and block the few threads
+    # there are, each waiting for another's partner. Accelerators start them in one order.
+    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     here = environment(devices)
+    here["XLA_FLAGS"] += f" {in_order}"
     folder = Path(tempfile.mkdtemp(prefix="hosts-"))
     hosts = []
     for number in range(processes):
