@@ -63,7 +63,8 @@ def _rows(i: int, rng: np.random.Generator, media: Path) -> list[dict]:
         _picture(rng, media / f"{i}.png", tuple(int(x) for x in rng.integers(30, 130, 2)))
         base["image"] = f"{i}.png"
     answers = [" ".join(rng.choice(WORDS, rng.integers(2, 12))) + f" {k}." for k in range(2 + i % 3)]
-    reasons = [" ".join(rng.choice(WORDS, rng.integers(2, 7))) + "." for _ in answers]
+    words = np.random.default_rng(i)  # of its own: reasons leave the pictures' sizes, hence the buckets, as they are
+    reasons = [" ".join(words.choice(WORDS, words.integers(2, 7))) + "." for _ in answers]
     return [
         {
             **base,
@@ -125,6 +126,7 @@ def start_hosts(program: str, *arguments: object, processes: int, devices: int) 
     in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     here = environment(devices)
     here["XLA_FLAGS"] += f" {in_order}"
+    here.pop("NPROC", None)  # threads to spare start more of them at once
     folder = Path(tempfile.mkdtemp(prefix="hosts-"))
     hosts = []
     for number in range(processes):
