@@ -1,0 +1,200 @@
+"""What one device holds during a step, by kind: counted for what a run keeps, estimated for what comes and goes.
+
+The counted part is exact, shape by shape, as arrays lie on the mesh. The estimate follows the program: what the rung of
+recomputation keeps of every layer, and the largest of what the vision tower, one decoder layer of the backward pass and
+one chunk of the vocabulary work with. A compiler may do better or worse; where it can be asked (TPUs), ask it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import optax
+
+from mmrlhf_jax.groups import Bucket
+from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
+from mmrlhf_jax.nn.attention import QUERY_BLOCK, choose_backend
+from mmrlhf_jax.nn.params import named_leaves
+from mmrlhf_jax.nn.remat import RematRung
+from mmrlhf_jax.nn.sharding import BATCH_AXES, AnyMesh
+from mmrlhf_jax.objectives import ScalarReward
+from mmrlhf_jax.training.planning import AbstractRun, abstract_batch, abstract_run, bytes_per_device
+from mmrlhf_jax.training.recipe import Recipe
+from mmrlhf_jax.training.state import combine, rate_of
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one device by kind; `passing` is estimated."""
+
+    kept: dict[str, int]
+    passing: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.kept.values()) + sum(self.passing.values())
+
+
+@dataclass(frozen=True)
+class Local:
+    """One device's part of a micro-batch: groups, tokens of each, splits of a layer (`tensor`), bytes of a value."""
+
+    groups: int
+    tokens: int
+    tensor: int
+    value: int
+
+
+def footprint(
+    recipe: Recipe,
+    config: LlavaOnevisionConfig,
+    bucket: Bucket,
+    mesh: AnyMesh,
+    *,
+    responses: int,
+    platform: str,
+) -> Footprint:
+    """Of a micro-batch of `bucket` on `platform` ("gpu", "tpu", "cpu"). Raises ValueError where mesh and model, or
+    mesh and bucket, do not divide."""
+    local = local_part(recipe, bucket, mesh)
+    run = abstract_run(recipe, config, mesh)
+    return Footprint(
+        kept_bytes(run, abstract_batch(bucket, responses, config, mesh)),
+        _passing(recipe, config, bucket, local, run, platform),
+    )
+
+
+def local_part(recipe: Recipe, bucket: Bucket, mesh: AnyMesh) -> Local:
+    """Raises ValueError where the groups of a micro-batch do not divide over the devices that split it."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if bucket.groups % shards:
+        raise ValueError(f"{bucket.groups} groups of a micro-batch do not divide over data x fsdp = {shards} devices")
+    value = 2 if recipe.compute.dtype == "bfloat16" else 4
+    return Local(bucket.groups // shards, bucket.prompt + bucket.response, mesh.shape["tensor"], value)
+
+
+def kept_bytes(run: AbstractRun, batch: Any) -> dict[str, int]:
+    """What lies on a device from step to step, and a micro-batch while the next one is on its way."""
+    state = run.state
+    moments = bytes_per_device(state.optimizer)
+    first = bytes_per_device(optax.tree_utils.tree_get(state.optimizer, "mu", ()))
+    return {
+        "parameters that train, fp32": bytes_per_device(state.trainable),
+        "frozen parameters": bytes_per_device(state.frozen),
+        "gradients, summed": bytes_per_device(run.sums),
+        "first moment": first,
+        "second moment": moments - first,
+        "reference model": 0 if run.lends_reference else bytes_per_device(run.reference),
+        "two batches": 2 * bytes_per_device(batch),
+    }
+
+
+def gathered_bytes(tree: Any, value: int) -> float:
+    """What a tree of ShapeDtypeStructs takes when it is whole but for `tensor`, at `value` bytes a number: a layer's
+    weights as they are multiplied."""
+    total = 0.0
+    for _, leaf in named_leaves(tree):
+        split = leaf.sharding.mesh.shape["tensor"] if "tensor" in _axes(leaf) else 1
+        total += math.prod(leaf.shape) * value / split
+    return total
+
+
+def _axes(leaf: Any) -> set[str]:
+    return {name for over in leaf.sharding.spec if over for name in ((over,) if isinstance(over, str) else over)}
+
+
+def _passing(
+    recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, local: Local, run: AbstractRun, platform: str
+) -> dict[str, float]:
+    policy = combine(run.state.trainable, run.state.frozen)
+    layer = gathered_bytes(policy.decoder.layers, local.value) / config.decoder.layers
+    decoder = rate_of("decoder", recipe.optimizer.rates) > 0 and not recipe.lora.rank
+    saved = {"layer inputs" if recipe.compute.remat == "full" else f"layers, remat {recipe.compute.remat!r}":
+             config.decoder.layers * saved_of_decoder_layer(config, local, recipe.compute.remat)}  # fmt: skip
+    if rate_of("tower", recipe.optimizer.rates):
+        saved["tower layers"] = config.tower.layers * saved_of_tower_layer(config, bucket, local, recipe.compute.remat)
+    saved["picture features"] = _features(config, bucket, local)
+    working = {
+        "one decoder layer": _working_decoder_layer(recipe, config, bucket, local, platform)
+        # its weights, those of the next, on their way, and the gradient before it is split again
+        + layer * (3 if decoder else 2),
+        "the vocabulary": 0.0
+        if isinstance(recipe.objective, ScalarReward)  # reads no log-probs
+        else _working_vocabulary(recipe, config, bucket, local, run),
+        "the tower": _working_tower(config, bucket, local),
+    }
+    largest = max(working, key=lambda name: working[name])
+    return {
+        "gradients of a micro-batch": bytes_per_device(run.sums.gradients),
+        **saved,
+        f"at work on {largest}": working[largest],
+    }
+
+
+def saved_of_decoder_layer(config: LlavaOnevisionConfig, local: Local, rung: RematRung) -> float:
+    """Bytes one decoder layer keeps for its backward pass: its input, and the values of its rung (nn/remat.py)."""
+    d = config.decoder
+    heads, keys, mlp = d.heads * d.head_dim, 2 * d.kv_heads * d.head_dim, 2 * d.mlp
+    kept = {
+        "full": 0,
+        "attention": heads,
+        "projections": 2 * heads + keys + mlp,
+        # two norms in fp32 and their outputs, rotation before and after, the activation and its product
+        "none": 3 * heads + 2 * keys + 2 * mlp,
+    }[rung]
+    whole = d.embed * (local.value * (1 if rung != "none" else 4) + (8 if rung == "none" else 0))
+    return local.groups * local.tokens * (whole + kept * local.value / local.tensor)
+
+
+def saved_of_tower_layer(config: LlavaOnevisionConfig, bucket: Bucket, local: Local, rung: RematRung) -> float:
+    """As `saved_of_decoder_layer`, of a block of a tower that trains, for all tiles of the device's groups."""
+    t, patches = config.tower, config.tokens_per_tile
+    kept = {"full": 0, "attention": t.embed, "projections": 4 * t.embed + t.mlp, "none": 6 * t.embed + 2 * t.mlp}[rung]
+    scores = t.heads * patches * 6 if rung == "none" else 0  # fp32, and rounded for the product with the values
+    whole = t.embed * local.value * (3 if rung == "none" else 1)
+    tokens = local.groups * bucket.tiles * patches
+    return tokens * (whole + (kept * local.value + scores) / local.tensor)
+
+
+def _features(config: LlavaOnevisionConfig, bucket: Bucket, local: Local) -> float:
+    """The projector's input, inside and output, and the rows that prompts tap."""
+    rows = local.groups * bucket.tiles * config.tokens_per_tile
+    return rows * local.value * (config.tower.embed + 4 * config.decoder.embed)
+
+
+def _working_decoder_layer(
+    recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, local: Local, platform: str
+) -> float:
+    """A layer computed again and its gradients: values, their gradients, norms in fp32, the scores of a block."""
+    d = config.decoder
+    again = 3 * d.heads * d.head_dim + 4 * d.kv_heads * d.head_dim + 3 * d.mlp
+    values = local.groups * local.tokens * (2 * again * local.value / local.tensor + d.embed * (4 * local.value + 12))
+    exact = choose_backend(recipe.compute.attention, platform, bucket.prompt, d.head_dim) == "xla"
+    queries = min(QUERY_BLOCK, max(bucket.response, bucket.prompt if exact else 0))
+    # scores, their weights and the gradients of both, fp32
+    scores = 4 * 4 * local.groups * queries * local.tokens * d.heads / local.tensor
+    return values + scores
+
+
+def _working_vocabulary(
+    recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, local: Local, run: AbstractRun
+) -> float:
+    """Logits, probabilities and their gradient of one chunk, the gathered table and, where it trains, its gradient."""
+    d, decoder = config.decoder, run.state.trainable.decoder
+    positions = local.groups * bucket.response
+    chunk = min(recipe.compute.vocab_chunk, d.vocab) / local.tensor
+    table = d.vocab * d.embed * local.value / local.tensor
+    moves = (decoder.embedding if config.decoder.tied else decoder.unembedding) is not None
+    return positions * (chunk * (8 + local.value) + d.embed * (8 + local.value)) + table * (2 if moves else 1)
+
+
+def _working_tower(config: LlavaOnevisionConfig, bucket: Bucket, local: Local) -> float:
+    """Pixels, and one block over all tiles: it forms whole score matrices, in fp32 and rounded."""
+    t, patches = config.tower, config.tokens_per_tile
+    tiles = local.groups * bucket.tiles
+    pixels = 3 * t.image_size**2 * (4 + local.value)
+    scores = t.heads * patches**2 * (8 + local.value) / local.tensor
+    values = patches * local.value * (4 * t.embed + (4 * t.embed + 2 * t.mlp) / local.tensor)
+    return tiles * (pixels + scores + values)
