@@ -153,20 +153,25 @@ class _Ours:
         from mmrlhf_jax.groups import Bucket
         from mmrlhf_jax.training.runtime import to_devices
 
-        group = random_group(self._config, case)
+        groups = [random_group(self._config, case, seed) for seed in range(case.groups)]
         as_one = self._form == "group"
-        entries = [group] if as_one else as_pairs(group, pairs)
-        scored = sum(case.responses) if as_one else sum(case.responses[k] for pair in pairs for k in pair)
-        totals = Totals(len(pairs), sum(case.responses[i] for i, _ in pairs), scored, len(entries))
+        batches = [groups] if as_one else [[pair] for group in groups for pair in as_pairs(group, pairs)]
+        wins, scored = (
+            sum(case.responses[i] for i, _ in pairs),
+            sum(case.responses[k] for pair in pairs for k in pair),
+        )
+        n = case.groups
+        totals = Totals(n * len(pairs), n * wins, n * (sum(case.responses) if as_one else scored), n)
         sizes = {"tokens_per_tile": self._config.tokens_per_tile, "tile_size": self._config.tower.image_size}
 
-        def batch(entry: Entry) -> Any:
-            lengths = [len(branch.token) for branch in entry.rendered.branches]
+        def batch(entries: list[Entry]) -> Any:
+            one = entries[0].rendered  # all are of one size
+            lengths = [len(branch.token) for branch in one.branches]
             slots = _slots(sum(lengths) if as_one else max(lengths))
-            bucket = Bucket(1, len(entry.rendered.tiles), _slots(len(entry.rendered.prompt)), slots)
-            return pack([entry], bucket, totals, responses=len(lengths), separate=not as_one, **sizes)
+            bucket = Bucket(len(entries), len(one.tiles), _slots(len(one.prompt)), slots)
+            return pack(entries, bucket, totals, responses=len(lengths), separate=not as_one, **sizes)
 
-        self._batches = [to_devices(batch(entry), self._mesh) for entry in entries]
+        self._batches = [to_devices(batch(entries), self._mesh) for entries in batches]
 
     def step(self) -> tuple[float, float, float]:
         import jax
@@ -232,6 +237,8 @@ class _Trl:
         self._model.train()
 
     def prepare(self, case: Case, pairs: tuple[tuple[int, int], ...]) -> None:
+        if case.groups > 1:
+            raise ValueError("TRL is timed on one group at a time")
         group, size = random_group(self._config, case), self._batch
         self._share = [len(pairs[i : i + size]) / len(pairs) for i in range(0, len(pairs), size)]
         self._batches = [self._inputs(group, case, pairs[i : i + size]) for i in range(0, len(pairs), size)]

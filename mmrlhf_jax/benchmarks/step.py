@@ -52,6 +52,8 @@ class Step:
     mix_pairs: int = 0
     """of each group of the mix, time only so many pairs on the other side and count them for all by their FLOPs; 0 =
     every pair"""
+    scaling: bool = False
+    """also time growing answers and growing micro-batches of our side, and fit lines through them"""
     repeats: int = 5
     decoder_layers: int = 8
     embed: int = 512
@@ -82,8 +84,15 @@ def time_step(command: Step) -> None:
         rows = [_time_case(command, config, case, ours, other, rate, case.pairs) for case in cases]
         shown = [_time_case(command, config, case, ours, other, rate, _some(case, command.mix_pairs)) for case in mixed]
         mean = _mean_of_mix(mixed, shown) if mixed else None
+        lines = _scaling(command, config, ours) if command.scaling else []
     if command.output:
-        figures = {"command": dataclasses.asdict(command), "matrix_rate": rate, "rows": rows, "mix_rows": shown}
+        figures = {
+            "command": dataclasses.asdict(command),
+            "matrix_rate": rate,
+            "rows": rows,
+            "mix_rows": shown,
+            "scaling": lines,
+        }
         Path(command.output).write_text(json.dumps({**figures, "mix": mean}, indent=2) + "\n")
 
 
@@ -220,3 +229,37 @@ def _mean_of_mix(cases: list[Case], rows: list[dict[str, Any]]) -> dict[str, Any
         flush=True,
     )
     return {"seconds": seconds, "pairs": pairs, "ratio": ratio}
+
+
+def _scaling(command: Step, config: LlavaOnevisionConfig, ours: Side) -> list[dict[str, Any]]:
+    """Seconds of our step over the length of four answers, and over the groups of a micro-batch."""
+    one = ranked_case(4, command.prompt, command.response, command.picture, config)
+    lengths = [command.response * n for n in (1, 2, 4, 8)]
+    return [
+        _line_through(
+            command,
+            ours,
+            "response tokens",
+            [4 * length for length in lengths],
+            [dataclasses.replace(one, responses=(length,) * 4) for length in lengths],
+        ),
+        _line_through(
+            command, ours, "groups", [1, 2, 3, 4], [dataclasses.replace(one, groups=n) for n in (1, 2, 3, 4)]
+        ),
+    ]
+
+
+def _line_through(command: Step, ours: Side, what: str, amounts: list[int], cases: list[Case]) -> dict[str, Any]:
+    """The least-squares line seconds = base + slope x amount, and the share of the spread it explains."""
+    seconds = []
+    for case in cases:
+        ours.prepare(case, case.pairs)
+        seconds.append(_median([ours.step() for _ in range(command.repeats)]))
+    slope, base = statistics.linear_regression(amounts, seconds)
+    explained = statistics.correlation(amounts, seconds) ** 2
+    points = ", ".join(f"{amount}: {s:.2f} s" for amount, s in zip(amounts, seconds, strict=True))
+    print(
+        f"by {what} ({points}): {base:.2f} s + {1000 * slope:.3g} ms x {what}, R^2 {explained:.4f}",
+        flush=True,
+    )
+    return {"over": what, "amounts": amounts, "seconds": seconds, "slope": slope, "base": base, "r2": explained}

@@ -84,6 +84,8 @@ class Case:
     pairs: tuple[tuple[int, int], ...]
     share: float = 1.0
     """of the mix's prompts"""
+    groups: int = 1
+    """so many such groups in one micro-batch"""
 
     def shape(self, config: LlavaOnevisionConfig) -> GroupShape:
         layout = image_layout(*self.picture, config)

@@ -36,12 +36,16 @@ def check(row: dict, other: str) -> None:
 
 def test_a_group_and_its_pairs_agree_and_are_timed(tmp_path):
     file = tmp_path / "figures.json"
-    done = benchmark(ROOT / "launch" / "benchmark.py", "--responses", 3, "--output", file)
+    done = benchmark(ROOT / "launch" / "benchmark.py", "--responses", 3, "--scaling", "--output", file)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(file.read_text())["rows"]
     assert (row["K"], row["pairs"], row["pairs_timed"], row["prompt"]) == (3, 3, 3, 1300)
     assert row["ratio"] > 2
     check(row, "pairs")
+    by_length, by_groups = json.loads(file.read_text())["scaling"]
+    assert by_length["amounts"] == [256, 512, 1024, 2048]
+    assert by_groups["amounts"] == [1, 2, 3, 4]
+    assert by_groups["slope"] > 0
     assert "K=3, 3 pairs, picture 384 x 200, prompt 1300: group" in done.stdout
 
 
