@@ -57,6 +57,7 @@ from mmrlhf_jax.training.setup import (
 )
 from mmrlhf_jax.training.state import TrainState, learning_rate, make_optimizer
 from mmrlhf_jax.training.step import Seen, Sums, make_accumulate, make_apply, make_zero_sums, metric_names
+from mmrlhf_jax.training.work import Work, work_of
 
 
 class NonFiniteStep(CommandError):
@@ -137,6 +138,7 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
         accumulate=make_accumulate(config, compute, recipe.objective, sums_sharding=sums_sharding),
         apply=make_apply(make_optimizer(recipe.optimizer, data.plan.steps), state_sharding=shardings),
         zero_sums=make_zero_sums(state.trainable, metric_names(recipe.objective), sums_sharding=sums_sharding),
+        work=work_of(recipe, config, data, measured.lengths, mesh),
         reference=reference_source(recipe, mesh),
         evaluate=evaluate or None,
         records=records,
@@ -191,6 +193,7 @@ class Session:
     accumulate: Any
     apply: Any
     zero_sums: Any
+    work: Work
     reference: Callable[[TrainState], Any]
     evaluate: Callable[[TrainState, Any], dict[str, Any]] | None
     records: list[dict[str, Any]]
@@ -237,14 +240,16 @@ def _loop(run: Session, state: TrainState) -> int:
                 state, metrics = run.apply(state, sums)
             run.profiler.after(done, metrics)
             if pending:  # read one step late: devices never wait for the host
-                run.log.step(_record(*pending, schedule, clock))
+                run.log.step(_record(*pending, schedule, clock, run.work))
             pending = (done, metrics, seen, micro.totals)
             sums, seen = None, []
             stopping = agreed_stop(stop.is_set())
             due = run.evaluate is not None and (done % recipe.evaluation.every == 0 or done == steps)
             if not (due or stopping or done % recipe.checkpoint.every == 0 or done == steps):
                 continue
-            run.log.step(_record(*pending, schedule, clock))  # raises at a NaN, which is therefore never saved
+            run.log.step(
+                _record(*pending, schedule, clock, run.work)
+            )  # raises at a NaN, which is therefore never saved
             pending = None
             with clock.elsewhere():
                 enough = due and _evaluate(run, state)
@@ -276,7 +281,13 @@ def _enough(run: Session) -> bool:
 
 
 def _record(
-    step: int, metrics: Mapping[str, Any], seen: list[Seen], totals: Totals, schedule: optax.Schedule, clock: Clock
+    step: int,
+    metrics: Mapping[str, Any],
+    seen: list[Seen],
+    totals: Totals,
+    schedule: optax.Schedule,
+    clock: Clock,
+    work: Work,
 ) -> dict[str, Any]:
     """The line of metrics.jsonl. Raises NonFiniteStep naming the dataset rows whose log-probs, or whose step's
     gradient, are not finite."""
@@ -302,5 +313,6 @@ def _record(
         "pairs_per_second": totals.pairs / lap["seconds"],
         "groups_per_second": totals.groups / lap["seconds"],
         "response_tokens_per_second": totals.tokens / lap["seconds"],
+        **work.rates(step, lap["seconds"]),
         "rows": sorted(int(row) for row in rows),
     }

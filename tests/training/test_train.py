@@ -41,6 +41,7 @@ def test_every_stage_trains_and_finds_itself_complete(small_world, objective, ca
     assert first["step"] == 1
     assert second["learning_rate"] < first["learning_rate"]
     assert {"loss", "grad_norm", "seconds", "seconds/compile", "groups_per_second", "rows"} <= first.keys()
+    assert {"tokens_per_second", "model_tflops_per_second"} <= first.keys()
     train(run_recipe, output)
     assert "is complete already" in capsys.readouterr().out
 

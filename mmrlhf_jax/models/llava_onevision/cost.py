@@ -21,11 +21,12 @@ from mmrlhf_jax.models.siglip.config import SiglipConfig
 @dataclass(frozen=True)
 class GroupShape:
     """A group's sizes: tiles of its pictures and frames, prompt tokens (those of pictures included), tokens of each
-    response. All response tokens are scored."""
+    response, and how many of those are scored, each once through the vocabulary (None: all)."""
 
     tiles: int
     prompt: int
     responses: tuple[int, ...]
+    scored: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def group_flops(
         attention += _attention(config.decoder, sum(responses), prompt, square)
     else:
         attention += sum(_attention(config.decoder, r, prompt, square) for r in responses)
-    forward = _forward(config, shape.tiles, prompt + sum(responses), sum(responses), attention)
+    scored = sum(responses) if shape.scored is None else shape.scored
+    forward = _forward(config, shape.tiles, prompt + sum(responses), scored, attention)
     return _with_gradients(forward, decoder=decoder, tower=tower, recompute=recompute, reference=reference)
 
 
@@ -92,7 +94,7 @@ def pairs_flops(
 ) -> Flops:
     """The same preferences one by one, as TRL 1.16 forwards them: pictures, prompt and answer anew for both answers of
     every pair (`pairs` are indices into the responses), the shorter answer padded to the longer, the vocabulary at
-    answers only."""
+    answers only, all of whose tokens are scored."""
     total = Flops()
     for pair in pairs:
         lengths = [shape.responses[k] for k in pair]
