@@ -1,8 +1,8 @@
 """What one device holds during a step, by kind: counted for what a run keeps, estimated for what comes and goes.
 
 The counted part is exact, shape by shape, as arrays lie on the mesh. The estimate follows the program: what the rung of
-recomputation keeps of every layer, and the largest of what the vision tower, one decoder layer of the backward pass and
-one chunk of the vocabulary work with. A compiler may do better or worse; where it can be asked (TPUs), ask it.
+recomputation keeps of every layer, and what is at work at the fullest moment: in the vision tower, in one decoder layer
+of the backward pass, or in one chunk of the vocabulary. A compiler may do better or worse; TPUs' can be asked.
 """
 
 from __future__ import annotations
@@ -108,29 +108,28 @@ def _axes(leaf: Any) -> set[str]:
 def _passing(
     recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, local: Local, run: AbstractRun, platform: str
 ) -> dict[str, float]:
-    policy = combine(run.state.trainable, run.state.frozen)
+    rung, policy = recipe.compute.remat, combine(run.state.trainable, run.state.frozen)
     layer = gathered_bytes(policy.decoder.layers, local.value) / config.decoder.layers
     decoder = rate_of("decoder", recipe.optimizer.rates) > 0 and not recipe.lora.rank
-    saved = {"layer inputs" if recipe.compute.remat == "full" else f"layers, remat {recipe.compute.remat!r}":
-             config.decoder.layers * saved_of_decoder_layer(config, local, recipe.compute.remat)}  # fmt: skip
+    gradients = {"gradients of a micro-batch": float(bytes_per_device(run.sums.gradients))}
+    layers = {f"what layers keep, remat {rung!r}": config.decoder.layers * saved_of_decoder_layer(config, local, rung)}
+    features = {"picture features": _features(config, bucket, local)}
+    tower = {"at work on the tower": _working_tower(config, bucket, local)}
     if rate_of("tower", recipe.optimizer.rates):
-        saved["tower layers"] = config.tower.layers * saved_of_tower_layer(config, bucket, local, recipe.compute.remat)
-    saved["picture features"] = _features(config, bucket, local)
-    working = {
-        "one decoder layer": _working_decoder_layer(recipe, config, bucket, local, platform)
+        kept = {"what the tower keeps": config.tower.layers * saved_of_tower_layer(config, bucket, local, rung)}
+        # a block's backward pass holds its scores and their gradients, when the decoder's inputs are gone
+        tower = {**gradients, **kept, "at work on the tower": 2 * tower["at work on the tower"]}
+        layers |= kept
+    moments = [
+        tower,
         # its weights, those of the next, on their way, and the gradient before it is split again
-        + layer * (3 if decoder else 2),
-        "the vocabulary": 0.0
-        if isinstance(recipe.objective, ScalarReward)  # reads no log-probs
-        else _working_vocabulary(recipe, config, bucket, local, run),
-        "the tower": _working_tower(config, bucket, local),
-    }
-    largest = max(working, key=lambda name: working[name])
-    return {
-        "gradients of a micro-batch": bytes_per_device(run.sums.gradients),
-        **saved,
-        f"at work on {largest}": working[largest],
-    }
+        {**gradients, **layers, **features, "at work on one decoder layer": layer * (3 if decoder else 2)
+         + _working_decoder_layer(recipe, config, bucket, local, platform)},
+    ]  # fmt: skip
+    if not isinstance(recipe.objective, ScalarReward):  # which reads no log-probs
+        vocabulary = _working_vocabulary(recipe, config, bucket, local, run)
+        moments.append({**layers, **features, "at work on the vocabulary": vocabulary})
+    return max(moments, key=lambda held: sum(held.values()))
 
 
 def saved_of_decoder_layer(config: LlavaOnevisionConfig, local: Local, rung: RematRung) -> float:
@@ -191,10 +190,9 @@ def _working_vocabulary(
 
 
 def _working_tower(config: LlavaOnevisionConfig, bucket: Bucket, local: Local) -> float:
-    """Pixels, and one block over all tiles: it forms whole score matrices, in fp32 and rounded."""
+    """Pixels, and one block over all tiles: it forms whole score matrices, in fp32, and their softmax."""
     t, patches = config.tower, config.tokens_per_tile
-    tiles = local.groups * bucket.tiles
     pixels = 3 * t.image_size**2 * (4 + local.value)
-    scores = t.heads * patches**2 * (8 + local.value) / local.tensor
-    values = patches * local.value * (4 * t.embed + (4 * t.embed + 2 * t.mlp) / local.tensor)
-    return tiles * (pixels + scores + values)
+    attention = 8 * t.heads * patches**2 / local.tensor + patches * local.value * t.embed * (2 + 3 / local.tensor)
+    mlp = patches * local.value * (2 * t.embed + 2 * t.mlp / local.tensor)
+    return local.groups * bucket.tiles * (pixels + max(attention, mlp))

@@ -99,6 +99,8 @@ def tpu_mesh(target: Target, config: MeshConfig) -> Mesh:
     try:
         devices = topologies.get_topology_desc(f"{target.chip.name}:{target.shape}", platform="tpu", **asked).devices
     except Exception as error:  # whatever libtpu raises
+        if "lockfile" in str(error):
+            raise CommandError("libtpu serves one process at a time, and another one has it: wait for that") from error
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise CommandError(f"libtpu makes no topology of {target}: {first[:300]}") from error
     return make_mesh(over(config, target.slices), devices)
