@@ -15,7 +15,7 @@ import optax
 
 from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
-from mmrlhf_jax.nn.attention import QUERY_BLOCK, choose_backend
+from mmrlhf_jax.nn.attention import QUERY_BLOCK, TIERS, choose_backend
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.remat import RematRung
 from mmrlhf_jax.nn.sharding import BATCH_AXES, AnyMesh
@@ -112,7 +112,11 @@ def _passing(
     layer = gathered_bytes(policy.decoder.layers, local.value) / config.decoder.layers
     decoder = rate_of("decoder", recipe.optimizer.rates) > 0 and not recipe.lora.rank
     gradients = {"gradients of a micro-batch": float(bytes_per_device(run.sums.gradients))}
-    layers = {f"what layers keep, remat {rung!r}": config.decoder.layers * saved_of_decoder_layer(config, local, rung)}
+    layers = {
+        f"what layers keep, remat {rung!r}": config.decoder.layers * saved_of_decoder_layer(config, bucket, local, rung)
+    }
+    if rung == "none" and local.value < 4:  # every layer's weights, rounded
+        layers["rounded weights"] = bytes_per_device(run.state.trainable.decoder.layers) * local.value / 4
     features = {"picture features": _features(config, bucket, local)}
     tower = {"at work on the tower": _working_tower(config, bucket, local)}
     if rate_of("tower", recipe.optimizer.rates):
@@ -132,19 +136,25 @@ def _passing(
     return max(moments, key=lambda held: sum(held.values()))
 
 
-def saved_of_decoder_layer(config: LlavaOnevisionConfig, local: Local, rung: RematRung) -> float:
+def saved_of_decoder_layer(config: LlavaOnevisionConfig, bucket: Bucket, local: Local, rung: RematRung) -> float:
     """Bytes one decoder layer keeps for its backward pass: its input, and the values of its rung (nn/remat.py)."""
     d = config.decoder
-    heads, keys, mlp = d.heads * d.head_dim, 2 * d.kv_heads * d.head_dim, 2 * d.mlp
+    heads, keys = d.heads * d.head_dim, 2 * d.kv_heads * d.head_dim
     kept = {
         "full": 0,
         "attention": heads,
-        "projections": 2 * heads + keys + mlp,
-        # two norms in fp32 and their outputs, rotation before and after, the activation and its product
-        "none": 3 * heads + 2 * keys + 2 * mlp,
+        "projections": 2 * heads + keys + 2 * d.mlp,
+        # queries in blocks, and an inner width six times: gate, up, three of the activation, their product
+        "none": 3 * heads + 2 * keys + 6 * d.mlp,
     }[rung]
-    whole = d.embed * (local.value * (1 if rung != "none" else 4) + (8 if rung == "none" else 0))
-    return local.groups * local.tokens * (whole + kept * local.value / local.tensor)
+    whole = d.embed * local.value
+    if rung == "none":
+        whole += 2 * d.embed * (8 + local.value)  # two norms, in fp32 and out of it
+    inside = local.groups * local.tokens * (whole + kept * local.value / local.tensor)
+    if rung != "none" or bucket.response > QUERY_BLOCK * TIERS:  # more than a block a tier is computed again anyway
+        return inside
+    rounded = local.value if local.value < 4 else 0
+    return inside + local.groups * bucket.response * local.tokens * d.heads * (4 + rounded) / local.tensor
 
 
 def saved_of_tower_layer(config: LlavaOnevisionConfig, bucket: Bucket, local: Local, rung: RematRung) -> float:

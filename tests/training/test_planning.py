@@ -126,6 +126,30 @@ def test_each_rung_keeps_more_and_a_group_more_on_a_device_too():
     assert total("full", 1) < total("full", 2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "mesh", "bucket"),
+    [
+        ({}, MeshConfig(), Bucket(16, 5, 3072, 768)),
+        ({}, MeshConfig(fsdp=4, tensor=2), Bucket(8, 5, 3072, 768)),
+        ({}, MeshConfig(), Bucket(16, 32, 6272, 768)),
+        ({}, MeshConfig(), Bucket(64, 1, 768, 1024)),
+        ({"compute": ComputeConfig(dtype="float32", remat="projections")}, MeshConfig(), Bucket(16, 5, 3072, 768)),
+        ({"compute": ComputeConfig(dtype="float32", remat="none")}, MeshConfig(), Bucket(16, 5, 3072, 768)),
+        ({"optimizer": OptimizerConfig(rates=PartRates(tower=1.0))}, MeshConfig(), Bucket(16, 5, 3072, 768)),
+        ({"lora": LoraConfig(rank=16)}, MeshConfig(), Bucket(16, 5, 3072, 768)),
+    ],
+    ids=["full", "tensor", "video", "vocabulary", "projections", "none", "tower", "lora"],
+)
+def test_what_passes_is_estimated_near_what_xla_takes(changes, mesh, bucket):
+    """0.5B in fp32 on eight CPU devices, compiled and not run."""
+    recipe = Recipe(**{"objective": DPO(), "compute": ComputeConfig(dtype="float32"), **changes})
+    here = make_mesh(mesh)
+    taken = lower_accumulate(recipe, SHAPES["0.5b"], bucket, here).compile().memory_analysis().temp_size_in_bytes
+    passing = footprint(recipe, SHAPES["0.5b"], bucket, here, responses=4, platform="cpu").passing
+    assert sum(passing.values()) == pytest.approx(taken, rel=0.2)
+
+
 def test_published_sizes():
     """Their names say 0.5, 7 and 72 billion, of the decoder without its tables or with."""
     sizes = {name: count(declare(config).decoder) / 1e9 for name, config in SHAPES.items()}
