@@ -73,7 +73,7 @@ def main() -> None:
         choices = Choices(
             shape, read_bucket(bucket) if bucket else TYPICAL, responses, all_buckets, estimate, efficiency
         )
-        plan = make_plan(recipe, target, choices)
+        plan = make_plan(recipe, target, choices, say_progress)
         print("\n".join(lines(plan)))
         if output:
             Path(output).write_text(json.dumps(as_json(plan), indent=2) + "\n")
@@ -81,6 +81,10 @@ def main() -> None:
             raise CommandError(verdict(plan))
 
     tyro.cli(command, prog=f"plan.py {file}", args=arguments)
+
+
+def say_progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def read_bucket(text: str) -> Bucket:

@@ -12,7 +12,10 @@ from typing import Any
 import jax
 from jax.extend import core
 
-_USED = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+_USED = (
+    re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm"),
+    re.compile(r"\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)"),
+)
 _UNIT = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -63,7 +66,7 @@ def compile_ahead(lowered: Any) -> Compiled | TooLarge:
 
 def read_exhaustion(message: str) -> tuple[float, float]:
     """Bytes needed and had, from XLA's message; zeros where it does not say."""
-    found = _USED.search(message)
+    found = next(filter(None, (form.search(message) for form in _USED)), None)
     if not found:
         return 0.0, 0.0
     needs, unit, has, unit_has = found.groups()

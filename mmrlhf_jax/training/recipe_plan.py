@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -123,9 +123,12 @@ class Plan:
         return not refused and not isinstance(self.apply, TooLarge) and self.needs <= self.target.chip.memory
 
 
-def make_plan(recipe: Recipe, target: Target, choices: Choices) -> Plan:
-    """Plans `recipe` on `target`. Raises UsageError where the recipe and `choices` do not say what to plan, ValueError
-    where mesh, model and bucket do not fit each other, CommandError where a compiler is missing."""
+def make_plan(recipe: Recipe, target: Target, choices: Choices, progress: Callable[[str], None]) -> Plan:
+    """Plans `recipe` on `target`; `progress` hears what takes long before it begins.
+
+    Raises UsageError where the recipe and `choices` do not say what to plan, ValueError where mesh, model and bucket do
+    not fit each other, CommandError where a compiler is missing.
+    """
     if recipe.data.pairing == "pairs":
         raise UsageError("data.pairing pairs, which is for comparisons, is not planned for; plan for groups")
     mesh: AnyMesh = shape_of_mesh(over(recipe.mesh, target.slices), target.total, target.slices)
@@ -145,7 +148,8 @@ def make_plan(recipe: Recipe, target: Target, choices: Choices) -> Plan:
     if target.platform == "tpu" and not choices.estimate:
         here = tpu_mesh(target, recipe.mesh)
         chosen = [load.bucket for load in loads] if choices.all_buckets else [bucket]
-        compiled = tuple(_compile(recipe, config, one, here, responses) for one in chosen)
+        compiled = tuple(_compile(recipe, config, one, here, responses, progress) for one in chosen)
+        progress(f"compiling apply for {target}")
         apply = compile_ahead(lower_apply(recipe, config, here))
     plan = Plan(
         recipe, config, target, dict(mesh.shape), loads, responses, footprints, time, choices.efficiency, compiled,
@@ -224,8 +228,14 @@ def with_groups(recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, sh
 
 
 def _compile(
-    recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, mesh: Mesh, responses: int
+    recipe: Recipe,
+    config: LlavaOnevisionConfig,
+    bucket: Bucket,
+    mesh: Mesh,
+    responses: int,
+    progress: Callable[[str], None],
 ) -> CompiledBucket:
+    progress(f"compiling accumulate for {mesh.size} devices, bucket {bucket}; a large model takes minutes")
     traced = trace_accumulate(recipe, config, bucket, mesh, responses=responses)
     with jax.set_mesh(mesh):
         lowered = traced.lower()

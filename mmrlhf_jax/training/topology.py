@@ -103,4 +103,6 @@ def tpu_mesh(target: Target, config: MeshConfig) -> Mesh:
             raise CommandError("libtpu serves one process at a time, and another one has it: wait for that") from error
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise CommandError(f"libtpu makes no topology of {target}: {first[:300]}") from error
+    if len(devices) != target.total:  # v4, whose two cores libtpu takes for devices of their own
+        raise CommandError(f"libtpu sees {len(devices)} devices in {target}, not {target.total}: add --estimate")
     return make_mesh(over(config, target.slices), devices)

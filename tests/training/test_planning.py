@@ -41,7 +41,10 @@ FULL_7B = Recipe(
     data=DataConfig(slots_per_device=16384),
     optimizer=OptimizerConfig(first_moment="bfloat16"),
 )
-TYPICAL_7B = Choices(shape="7b", estimate=True)
+
+
+def planned(recipe, target):
+    return make_plan(recipe, target, Choices(shape="7b", estimate=True), progress=print)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ def test_what_names_no_chips_is_bad_usage(topology, device, message):
 
 
 def test_a_full_7b_does_not_fit_one_h200_and_what_would_is_said():
-    plan = make_plan(FULL_7B, read_target("", "h200:1", 1), TYPICAL_7B)
+    plan = planned(FULL_7B, read_target("", "h200:1", 1))
     assert not plan.fits
     # 7.63 billion in 4 + 4 + 2 + 4 bytes, and once more 4 for the gradients of a micro-batch
     assert plan.footprints[0].total > 7.63e9 * 18
@@ -276,7 +279,7 @@ def test_flags_that_are_offered_need_less_and_are_none_that_are_set():
     greedy = dataclasses.replace(
         FULL_7B, compute=ComputeConfig(remat="none"), reference="online", optimizer=OptimizerConfig()
     )
-    plan = make_plan(greedy, read_target("", "a100-40:8", 1), TYPICAL_7B)
+    plan = planned(greedy, read_target("", "a100-40:8", 1))
     before = plan.needs
     names = [change.flags for change in plan.changes]
     assert all(change.total < before for change in plan.changes)
@@ -285,21 +288,21 @@ def test_flags_that_are_offered_need_less_and_are_none_that_are_set():
     assert "--reference stored" in names
     assert names[-1] == "all of these but adapters"
     assert plan.changes[-1].total == min(c.total for c in plan.changes if "lora" not in c.flags)
-    plan = make_plan(FULL_7B, read_target("", "h200:1", 1), TYPICAL_7B)
+    plan = planned(FULL_7B, read_target("", "h200:1", 1))
     assert not any("remat" in change.flags or "moment" in change.flags for change in plan.changes)
 
 
 def test_the_slots_offered_are_those_that_leave_one_group_a_device():
-    plan = make_plan(FULL_7B, read_target("", "a100-40:4", 1), TYPICAL_7B)
+    plan = planned(FULL_7B, read_target("", "a100-40:4", 1))
     flags = next(change.flags for change in plan.changes if "slots" in change.flags)
     slots = int(flags.split()[1])
     fewer = dataclasses.replace(FULL_7B, data=DataConfig(slots_per_device=slots))
-    again = make_plan(fewer, read_target("", "a100-40:4", 1), TYPICAL_7B)
+    again = planned(fewer, read_target("", "a100-40:4", 1))
     assert again.loads[0].bucket.groups == 4
 
 
 def test_the_fewest_chips_named_hold_it_and_one_size_less_does_not():
-    plan = make_plan(FULL_7B, read_target("", "h100:8", 1), TYPICAL_7B)
+    plan = planned(FULL_7B, read_target("", "h100:8", 1))
     found = {holder.target.chip.name: holder for holder in plan.smallest}
     assert found["h200"].target.total == 2
     assert found["v5p"].total <= found["v5p"].target.chip.memory
@@ -318,7 +321,7 @@ def test_the_fewest_chips_named_hold_it_and_one_size_less_does_not():
 
 
 def test_what_the_compiler_says_goes_before_the_estimate():
-    plan = make_plan(FULL_7B, read_target("v5p:2x2x2", "", 1), TYPICAL_7B)
+    plan = planned(FULL_7B, read_target("v5p:2x2x2", "", 1))
     assert plan.fits
     bucket = plan.loads[0].bucket
     fine = CompiledBucket(bucket, Compiled(5 * GIB, 4 * GIB, 3 * GIB, 4 * GIB, 1.0), 1e15)
@@ -335,16 +338,19 @@ def test_the_message_of_a_compiler_out_of_memory_is_read():
     message = "RESOURCE_EXHAUSTED: ... Ran out of memory in memory space hbm. Used 20.31G of 15.75G hbm. Exceeded ..."
     needs, has = read_exhaustion(message)
     assert (needs / GIB, has / GIB) == (20.31, 15.75)
+    message = "... the total memory required for HLO temporaries (400.00G) exceeds available HBM (15.75G)."
+    needs, has = read_exhaustion(message)
+    assert (needs / GIB, has / GIB) == (400, 15.75)
     assert read_exhaustion("RESOURCE_EXHAUSTED") == (0, 0)
 
 
 def test_pairs_are_not_planned():
     recipe = dataclasses.replace(FULL_7B, data=DataConfig(pairing="pairs"))
     with pytest.raises(UsageError, match="pairs"):
-        make_plan(recipe, read_target("", "h100:8", 1), TYPICAL_7B)
+        planned(recipe, read_target("", "h100:8", 1))
 
 
 def test_seconds_and_shares_are_numbers():
-    figures = as_json(make_plan(FULL_7B, read_target("", "h100:8", 1), TYPICAL_7B))
+    figures = as_json(planned(FULL_7B, read_target("", "h100:8", 1)))
     assert math.isfinite(figures["step"]["total"])
     assert 0 < figures["step"]["mfu"] < 1
