@@ -84,7 +84,13 @@ def over(config: MeshConfig, slices: int) -> MeshConfig:
 def tpu_mesh(target: Target, config: MeshConfig) -> Mesh:
     """The recipe's mesh over TPUs that are not here. Raises CommandError where libtpu is missing or knows no such
     topology, ValueError where the mesh does not fit."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks Google Cloud what machine this is, for minutes
+    # or libtpu asks Google Cloud what machine this is, for minutes, and complains that it learns nothing
+    for name, value in (
+        ("SKIP_MDS_QUERY", "1"),
+        ("ACCELERATOR_TYPE", "v5litepod-4"),
+        ("WORKER_HOSTNAMES", "localhost"),
+    ):
+        os.environ.setdefault(f"TPU_{name}", value)
     try:
         import libtpu
     except ImportError as error:
