@@ -30,7 +30,7 @@ def lines(plan: Plan) -> Iterator[str]:
 def verdict(plan: Plan) -> str:
     """One line: whether it fits, in bytes a device needs and has."""
     has = plan.target.chip.memory
-    by = "XLA compiles it" if plan.compiled else "by the estimate"
+    by = "by XLA's count" if plan.compiled else "by the estimate"
     if plan.fits:
         return f"fits {plan.target}: needs {_gib(plan.needs)} GiB a device, has {_gib(has)} ({by})"
     return f"does not fit {plan.target}: needs {_gib(plan.needs)} GiB a device, has {_gib(has)} ({by})"
