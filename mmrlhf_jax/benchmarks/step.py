@@ -163,7 +163,9 @@ def _time_case(
     mine, theirs = steps[ours.form], steps[other.form]
     if timed == case.pairs:
         _check_same(case, mine[0], theirs[0], command.compute.dtype)
-    counted = pairs_flops(config, shape, case.pairs).total / pairs_flops(config, shape, timed).total
+    everywhere = command.against != "pairs"  # TRL 1.16 computes logits of prompts and drops them
+    whole, part = (pairs_flops(config, shape, pairs, every_position=everywhere).total for pairs in (case.pairs, timed))
+    counted = whole / part
     useful = group_flops(config, shape, reference=True)
     ratios = [counted * b.seconds / a.seconds for a, b in zip(mine, theirs, strict=True)]
     seconds = {ours.form: _median(mine), other.form: counted * _median(theirs)}
@@ -177,7 +179,7 @@ def _time_case(
         "seconds": seconds,
         "ratio": statistics.median(ratios),
         "ratio_range": (min(ratios), max(ratios)),
-        "flops_ratio": pairs_flops(config, shape, case.pairs).total / useful.total,
+        "flops_ratio": whole / useful.total,
         "pairs_per_second": {form: len(case.pairs) / s for form, s in seconds.items()},
         "tokens_per_second": (shape.prompt + sum(shape.responses)) / seconds[ours.form],
         "mfu": {form: useful.total / s / rate for form, s in seconds.items()},
