@@ -42,6 +42,7 @@ from mmrlhf_jax.training.recipe import DataConfig, Recipe
 
 PARTS = ("read", "decode", "tiles", "tokenize", "taps", "pack")
 _MOST_A_SECOND = 500  # pictures of one worker: how long a plan is made, so that it does not run out
+_QUIET = 0.1  # cores that other work may keep busy before a figure has to say so
 _WARM_UP = 3  # micro-batches of each worker that are not counted
 
 
@@ -72,12 +73,13 @@ class Data:
 
 @dataclass(frozen=True)
 class Rate:
-    """One measurement: pictures in so many seconds, and the processor time all processes together took for them (None
-    where the system does not say)."""
+    """One measurement: pictures in so many seconds, the processor time all our processes together took for them, and
+    how many cores other work kept busy meanwhile (both None where the system does not say)."""
 
     pictures: int
     seconds: float
     processor_seconds: float | None
+    others: float | None = None
 
 
 def time_data(command: Data) -> None:
@@ -128,16 +130,19 @@ def measure_rate(data: RunData, workers: int, seconds: float) -> Rate:
     with closing(micro_batches(data.plan, data.loader, workers=workers)) as batches:
         for _ in range(_WARM_UP * max(1, workers)):
             next(batches)
-        processor = _processor_seconds()
+        processor, everyone = _processor_seconds(), _busy_seconds()
         began = ended = time.perf_counter()
         for _, batch in batches:
             pictures += int(np.count_nonzero(batch.row != EMPTY))  # one a group
             ended = time.perf_counter()
             if ended - began >= seconds:
                 break
-        after = _processor_seconds()
-    took = None if processor is None or after is None else after - processor
-    return Rate(pictures, ended - began, took)
+        after, everyone_after = _processor_seconds(), _busy_seconds()
+    if processor is None or after is None or everyone is None or everyone_after is None:
+        return Rate(pictures, ended - began, None)
+    took = after - processor
+    others = max(0.0, everyone_after - everyone - took) / (ended - began)
+    return Rate(pictures, ended - began, took, others)
 
 
 def _processor_seconds() -> float | None:
@@ -152,6 +157,15 @@ def _processor_seconds() -> float | None:
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
+def _busy_seconds() -> float | None:
+    """Of all cores, whoever keeps them busy: figures taken beside other work mean little, and should say so."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, *_ = map(int, stat.read_text().split("\n", 1)[0].split()[1:])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
 def _rows(rates: dict[int, list[Rate]]) -> list[dict[str, Any]]:
     """Medians over the repeats; `scaling` is the rate of w workers over w times that of one."""
     each = {w: [rate.pictures / rate.seconds for rate in found] for w, found in rates.items()}
@@ -159,6 +173,7 @@ def _rows(rates: dict[int, list[Rate]]) -> list[dict[str, Any]]:
     for workers, found in rates.items():
         rate = statistics.median(each[workers])
         busy = [r.pictures / r.processor_seconds for r in found if r.processor_seconds]
+        others = [r.others for r in found if r.others is not None]
         row = {
             "workers": workers,
             "pictures": [r.pictures for r in found],
@@ -166,6 +181,7 @@ def _rows(rates: dict[int, list[Rate]]) -> list[dict[str, Any]]:
             "range": (min(each[workers]), max(each[workers])),
             "per_worker": rate / max(1, workers),
             "per_core_second": statistics.median(busy) if busy else None,
+            "others": statistics.median(others) if others else None,
             "scaling": rate / workers / statistics.median(each[1]) if workers and 1 in each else None,
         }
         rows.append(row)
@@ -260,8 +276,9 @@ def _line(row: dict[str, Any]) -> str:
     low, high = row["range"]
     busy = "" if row["per_core_second"] is None else f", {row['per_core_second']:.1f} a second of one core"
     scaling = "" if row["scaling"] is None else f", {row['scaling']:.2f} of linear"
+    beside = "" if (row["others"] or 0) < _QUIET else f"; BESIDE OTHER WORK ON {row['others']:.1f} CORES"
     name = "threads  " if not row["workers"] else f"{row['workers']} workers"
     return (
         f"{name}: {row['pictures_per_second']:6.1f} pictures/s ({low:.1f} to {high:.1f}), "
-        f"{row['per_worker']:.1f} a worker{busy}{scaling}"
+        f"{row['per_worker']:.1f} a worker{busy}{scaling}{beside}"
     )

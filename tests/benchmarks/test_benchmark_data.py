@@ -77,6 +77,13 @@ def test_scaling_is_the_share_of_linear():
     assert rows[0]["scaling"] is None
 
 
+def test_a_figure_taken_beside_other_work_says_so():
+    quiet, loud = (benchmark._rows({1: [Rate(30, 1.0, 1.0, others)]})[0] for others in (0.05, 0.8))
+    assert loud["others"] == 0.8
+    assert benchmark._line(loud).endswith("BESIDE OTHER WORK ON 0.8 CORES")
+    assert "BESIDE" not in benchmark._line(quiet)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"workers": ()}, {"workers": (-1,)}, {"pictures": 0}, {"repeats": 0}, {"responses": 1}]
 )
