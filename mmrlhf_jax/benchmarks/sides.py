@@ -7,7 +7,6 @@ import ctypes
 import functools
 import math
 import multiprocessing
-import os
 import resource
 import time
 import traceback
@@ -20,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mmrlhf_jax.batch import Entry
+from mmrlhf_jax.benchmarks.machine import cores
 from mmrlhf_jax.benchmarks.workload import Case, as_pairs, random_group
 from mmrlhf_jax.command import CommandError
 from mmrlhf_jax.models.llava_onevision.config import read_config
@@ -211,7 +211,7 @@ class _Trl:
         from trl import DPOConfig, DPOTrainer
 
         _silence()
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(cores())
         self._batch, self._config = settings.pairs_at_once, read_config(settings.model)
         self._dtype = getattr(torch, settings.compute.dtype)
         self._device = "cuda" if torch.cuda.is_available() else "cpu"

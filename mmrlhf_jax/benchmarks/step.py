@@ -11,7 +11,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import statistics
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mmrlhf_jax.benchmarks.machine import machine
 from mmrlhf_jax.benchmarks.sides import Form, Measured, Settings, Side
 from mmrlhf_jax.benchmarks.workload import Case, mix_cases, model_config, ranked_case
 from mmrlhf_jax.command import CommandError, UsageError
@@ -88,6 +88,7 @@ def time_step(command: Step) -> None:
     if command.output:
         figures = {
             "command": dataclasses.asdict(command),
+            "machine": machine(),
             "matrix_rate": rate,
             "rows": rows,
             "mix_rows": shown,
@@ -128,9 +129,9 @@ def _sides(command: Step, config: LlavaOnevisionConfig, work: Path) -> Iterator[
 
 
 def _say_what_runs(command: Step, config: LlavaOnevisionConfig, rate: float) -> None:
-    d, t = config.decoder, config.tower
+    d, t, on = config.decoder, config.tower, machine()
     print(
-        f"{os.cpu_count()} cores, matrix products at {rate / 1e9:,.0f} GFLOP/s; decoder {d.layers} x {d.embed}, "
+        f"{on['processor']}, {on['cores']} cores, jax {on['jax']}, matrix products at {rate / 1e9:,.0f} GFLOP/s; decoder {d.layers} x {d.embed}, "
         f"vocabulary {d.vocab}, frozen tower {t.layers} x {t.embed}, {command.compute.dtype}, remat "
         f"{command.compute.remat}, online reference; against {command.against}, medians of {command.repeats}",
         flush=True,
@@ -163,7 +164,9 @@ def _time_case(
     mine, theirs = steps[ours.form], steps[other.form]
     if timed == case.pairs:
         _check_same(case, mine[0], theirs[0], command.compute.dtype)
-    counted = pairs_flops(config, shape, case.pairs).total / pairs_flops(config, shape, timed).total
+    everywhere = command.against != "pairs"  # TRL 1.16 computes logits of prompts and drops them
+    whole, part = (pairs_flops(config, shape, pairs, every_position=everywhere).total for pairs in (case.pairs, timed))
+    counted = whole / part
     useful = group_flops(config, shape, reference=True)
     ratios = [counted * b.seconds / a.seconds for a, b in zip(mine, theirs, strict=True)]
     seconds = {ours.form: _median(mine), other.form: counted * _median(theirs)}
@@ -177,7 +180,7 @@ def _time_case(
         "seconds": seconds,
         "ratio": statistics.median(ratios),
         "ratio_range": (min(ratios), max(ratios)),
-        "flops_ratio": pairs_flops(config, shape, case.pairs).total / useful.total,
+        "flops_ratio": whole / useful.total,
         "pairs_per_second": {form: len(case.pairs) / s for form, s in seconds.items()},
         "tokens_per_second": (shape.prompt + sum(shape.responses)) / seconds[ours.form],
         "mfu": {form: useful.total / s / rate for form, s in seconds.items()},

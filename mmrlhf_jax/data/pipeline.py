@@ -7,7 +7,8 @@ Nothing here starts a jax backend, so grain's worker processes are free to run i
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -250,8 +251,9 @@ class Loader:
 
 def micro_batches(
     plan: StepPlan, load: Callable[[MicroBatch], GroupBatch], *, first_step: int = 0, workers: int = 0, buffer: int = 4
-) -> Iterator[tuple[MicroBatch, GroupBatch]]:
-    """Micro-batches in order from `first_step` on, loaded ahead: by threads, or by `workers` processes."""
+) -> Generator[tuple[MicroBatch, GroupBatch], None, None]:
+    """Micro-batches in order from `first_step` on, loaded ahead: by threads, or by `workers` processes, which end when
+    the generator is closed."""
     start = int(plan.first_of_step[first_step])
     rest = plan.micro_batches[start:]
     if not rest:
@@ -266,7 +268,8 @@ def micro_batches(
         )
     else:
         loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=buffer))
-    yield from zip(rest, loaded, strict=True)
+    with closing(iter(loaded)) as batches:
+        yield from zip(rest, batches, strict=True)
 
 
 def _leave_signals_to_the_parent(worker: int, workers: int) -> None:

@@ -67,6 +67,13 @@ def test_ratios_of_the_published_sizes(decoder, responses, ratio):
     assert told / group_flops(config, shape, recompute=True, reference=True).total == pytest.approx(ratio, rel=0.04)
 
 
+def test_logits_of_every_position_are_the_vocabulary_s_share_more():
+    shape = GroupShape(1, 100, (10, 20))
+    answers, all_of_it = (pairs_flops(TINY, shape, [(0, 1)], every_position=every) for every in (False, True))
+    assert all_of_it.head == answers.head * 2 * 120 / 30
+    assert all_of_it.linear == answers.linear
+
+
 def test_xla_counts_the_same():
     """One layer each: XLA counts the body of a scan once, whatever the layers."""
     import jax

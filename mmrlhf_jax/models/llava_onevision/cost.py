@@ -91,16 +91,18 @@ def pairs_flops(
     recompute: bool = False,
     reference: bool = True,
     square: bool = False,
+    every_position: bool = False,
 ) -> Flops:
-    """The same preferences one by one, as TRL 1.16 forwards them: pictures, prompt and answer anew for both answers of
-    every pair (`pairs` are indices into the responses), the shorter answer padded to the longer, the vocabulary at
-    answers only, all of whose tokens are scored."""
+    """The same preferences one by one: pictures, prompt and answer anew for both answers of every pair (`pairs` are
+    indices into the responses), the shorter answer padded to the longer. `every_position`: logits of prompts, too, as
+    TRL 1.16 computes them and drops them; without it those of answers only."""
     total = Flops()
     for pair in pairs:
         lengths = [shape.responses[k] for k in pair]
         tokens = shape.prompt + max(lengths)
         attention = 2 * _attention(config.decoder, tokens, 0, square)
-        forward = _forward(config, 2 * shape.tiles, 2 * tokens, sum(lengths), attention)
+        scored = 2 * tokens if every_position else sum(lengths)
+        forward = _forward(config, 2 * shape.tiles, 2 * tokens, scored, attention)
         total += _with_gradients(
             forward, decoder=decoder, tower=tower, recompute=recompute, reference=reference, shared_features=False
         )
