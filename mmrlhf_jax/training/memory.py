@@ -27,19 +27,21 @@ from mmrlhf_jax.training.state import combine, rate_of
 # XLA was seen to take up to this much of the estimate: of 0.5B and 7B with the typical bucket for v5e, v5p and v6e, of
 # 0.5B with each rung for CPUs. Of a bucket so small that little but weights is estimated it took up to 1.3.
 MARGIN = 1.15
+GRADIENTS = "gradients of a micro-batch"  # come and go, but their size is known
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one device by kind; `passing` is estimated."""
+    """Bytes on one device by kind; `passing`, but for GRADIENTS, is estimated."""
 
     kept: dict[str, int]
     passing: dict[str, float]
 
     @property
     def total(self) -> float:
-        """To be safe: all that is kept, and a margin on what is estimated."""
-        return sum(self.kept.values()) + MARGIN * sum(self.passing.values())
+        """To be safe: all that is known, and a margin on what is estimated."""
+        known = self.passing.get(GRADIENTS, 0.0)
+        return sum(self.kept.values()) + known + MARGIN * (sum(self.passing.values()) - known)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def _passing(
     rung, policy = recipe.compute.remat, combine(run.state.trainable, run.state.frozen)
     layer = gathered_bytes(policy.decoder.layers, local.value) / config.decoder.layers
     decoder = rate_of("decoder", recipe.optimizer.rates) > 0 and not recipe.lora.rank
-    gradients = {"gradients of a micro-batch": float(bytes_per_device(run.sums.gradients))}
+    gradients = {GRADIENTS: float(bytes_per_device(run.sums.gradients))}
     layers = {
         f"what layers keep, remat {rung!r}": config.decoder.layers * saved_of_decoder_layer(config, bucket, local, rung)
     }

@@ -13,7 +13,7 @@ from mmrlhf_jax.nn.devices import GIB
 from mmrlhf_jax.nn.params import count
 from mmrlhf_jax.nn.sharding import MeshConfig, shape_of_mesh
 from mmrlhf_jax.training.compiled import Compiled, TooLarge
-from mmrlhf_jax.training.memory import MARGIN
+from mmrlhf_jax.training.memory import GRADIENTS, MARGIN
 from mmrlhf_jax.training.planning import abstract_run
 from mmrlhf_jax.training.recipe_plan import Plan
 
@@ -58,7 +58,8 @@ def _estimate(plan: Plan) -> Iterator[str]:
     held = plan.footprints[plan.largest]
     yield f"bytes on a device, bucket {plan.loads[plan.largest].bucket}:                  GiB"
     yield from (f"  {name:<50}{_gib(amount):>10}" for name, amount in held.kept.items() if amount)
-    yield from (f"  {name:<50}{_gib(amount):>10}  estimated" for name, amount in held.passing.items())
+    for name, amount in held.passing.items():
+        yield f"  {name:<50}{_gib(amount):>10}{'' if name == GRADIENTS else '  estimated'}"
     more = f"total, with {MARGIN - 1:.0%} more of what is estimated"
     yield f"  {more:<50}{_gib(held.total):>10}  of {_gib(plan.target.chip.memory)}"
 
