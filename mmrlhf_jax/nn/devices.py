@@ -36,10 +36,10 @@ class Accelerator:
 
 _CLOUD = "docs.cloud.google.com/tpu/docs"
 _TABLE = (
-    # peak, memory, bandwidth: the page named. Links: half of "bidirectional ICI bandwidth per chip".
+    # peak, bandwidth: the page named. Memory: what libtpu 0.0.42 says it has (v4: of two cores). Links: half of "bidirectional ICI bandwidth per chip".
     # Network: "data center network bandwidth" per chip, or per pod of 256 chips
     Accelerator(
-        "v4", 275e12, 30.75 * GIB, 1200e9, 300e9, None, f"{_CLOUD}/v4; links: 6 of 50 GB/s, arXiv 2304.01433, table 1"
+        "v4", 275e12, 30.5 * GIB, 1200e9, 300e9, None, f"{_CLOUD}/v4; links: 6 of 50 GB/s, arXiv 2304.01433, table 1"
     ),
     Accelerator("v5e", 197e12, 15.75 * GIB, 819e9, 200e9, 25e9 / 8, f"{_CLOUD}/v5e"),
     Accelerator("v5p", 459e12, 95.74 * GIB, 2765e9, 600e9, 50e9 / 8, f"{_CLOUD}/v5p-training"),
