@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mmrlhf_jax.nn.sharding import ShardingRules
+from mmrlhf_jax.nn.sharding import AnyMesh, ShardingRules
 
 Tree = TypeVar("Tree")
 
@@ -66,7 +66,7 @@ def map_named(function: Callable[[str, Any], Any], tree: Tree) -> Tree:
     return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), tree, is_leaf=is_param)
 
 
-def shardings(declared: Tree, mesh: Mesh, rules: ShardingRules) -> Tree:
+def shardings(declared: Tree, mesh: AnyMesh, rules: ShardingRules) -> Tree:
     """NamedShardings of every parameter. Raises ValueError where a dimension does not divide over its mesh axes."""
     problems: list[str] = []
 
@@ -86,7 +86,7 @@ def shardings(declared: Tree, mesh: Mesh, rules: ShardingRules) -> Tree:
     return result
 
 
-def abstract(declared: Tree, mesh: Mesh, rules: ShardingRules) -> Tree:
+def abstract(declared: Tree, mesh: AnyMesh, rules: ShardingRules) -> Tree:
     """ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
     return jax.tree.map(
         lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s),

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor")
+AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
 BATCH_AXES = ("data", "fsdp")  # a batch is split over both; parameters over fsdp and tensor only
 
 
@@ -30,31 +31,46 @@ class MeshConfig:
     """islands of devices joined by a slower network; only `data` spans them. 0: what the devices say (TPU slices)"""
 
 
+def mesh_sizes(config: MeshConfig, devices: int, slices: int) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) over that many devices in that many slices.
+
+    Raises ValueError when the sizes do not multiply to the devices, or `data` does not divide over the slices.
+    """
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = math.prod(size for size in sizes if size != -1)
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise ValueError(f"mesh sizes must be positive, at most one of them -1: {dataclasses.asdict(config)}")
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
+        raise ValueError(f"mesh {dataclasses.asdict(config)} does not multiply to the {devices} devices present")
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data {sizes[0]} does not divide over {slices} slices, whose network is too slow for fsdp and "
+            f"tensor: set --mesh.data {slices} (or a multiple)"
+        )
+    return sizes[0], sizes[1], sizes[2]
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh ("data", "fsdp", "tensor") over all devices of all processes, replicas of `data` dealt to the slices.
 
     Raises ValueError when the sizes do not multiply to the devices, or `data` does not divide over the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"mesh sizes must be positive, at most one of them -1: {dataclasses.asdict(config)}")
-    if -1 in sizes and len(devices) % known == 0:
-        sizes[sizes.index(-1)] = len(devices) // known
-    if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh {dataclasses.asdict(config)} does not multiply to the {len(devices)} devices present")
+    mesh_sizes(config, len(devices), 1)  # that they multiply is said before that they divide
     slices = _slices(devices, config.slices)
-    if sizes[0] % len(slices):
-        raise ValueError(
-            f"mesh.data {sizes[0]} does not divide over {len(slices)} slices, whose network is too slow for fsdp and "
-            f"tensor: set --mesh.data {len(slices)} (or a multiple)"
-        )
-    within = (sizes[0] // len(slices), *sizes[1:])
+    data, *rest = mesh_sizes(config, len(devices), len(slices))
+    within = (data // len(slices), *rest)
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     # the topology-aware order is jax's, slice by slice
     islands = [jax.make_mesh(within, MESH_AXES, axis_types=kinds, devices=each).devices for each in slices]
     return Mesh(np.concatenate(islands), MESH_AXES, axis_types=kinds)
+
+
+def shape_of_mesh(config: MeshConfig, devices: int, slices: int = 1) -> AbstractMesh:
+    """The mesh of devices that are not here: shardings over it say what each would hold. Raises as `make_mesh`."""
+    return AbstractMesh(mesh_sizes(config, devices, slices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _slices(devices: list[jax.Device], asked: int) -> list[list[jax.Device]]:
@@ -116,12 +132,12 @@ class ShardingRules:
         return P(*mapped)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Leading axis over every device that splits the batch, the rest whole."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 

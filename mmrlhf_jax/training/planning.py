@@ -1,12 +1,12 @@
-"""What a recipe's step will need, and what to change when it does not fit.
+"""A recipe's step as shapes: what each device holds of it, and its programs compiled for devices that are not here.
 
-The gradient step is compiled ahead of time from shapes alone, for tests and for machines that are not here: nothing is
-allocated, parameters, gradients and batches are ShapeDtypeStructs with shardings.
+Nothing is allocated: parameters, gradients, moments and batches are ShapeDtypeStructs with shardings.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,19 +15,46 @@ from jax.sharding import Mesh
 
 from mmrlhf_jax.batch import GroupBatch, Totals, pack
 from mmrlhf_jax.groups import Bucket
-from mmrlhf_jax.models.families import declare
+from mmrlhf_jax.models.families import declare, is_reward, reward_config
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
+from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn import params as nn_params
-from mmrlhf_jax.nn.lora import declare_adapted
 from mmrlhf_jax.nn.remat import leaner
-from mmrlhf_jax.nn.sharding import BATCH_AXES, batch_sharding, replicated
-from mmrlhf_jax.training.recipe import Recipe
+from mmrlhf_jax.nn.sharding import BATCH_AXES, AnyMesh, batch_sharding, replicated
+from mmrlhf_jax.training.recipe import INFERENCE, Recipe, RewardObjective
 from mmrlhf_jax.training.setup import compute_of
-from mmrlhf_jax.training.state import loading_rates, partition, trains, with_dtypes
-from mmrlhf_jax.training.step import Sums, make_accumulate, metric_names
+from mmrlhf_jax.training.state import (
+    TrainState,
+    combine,
+    loading_rates,
+    make_optimizer,
+    partition,
+    state_shardings,
+    trains,
+    with_dtypes,
+)
+from mmrlhf_jax.training.step import Sums, make_accumulate, make_apply, metric_names
 
 
-def abstract_batch(bucket: Bucket, responses: int, config: LlavaOnevisionConfig, mesh: Mesh) -> GroupBatch:
+@dataclass(frozen=True)
+class AbstractRun:
+    """What a run keeps on its devices, as shapes with shardings; `reference` is None where it is stored or unread, and
+    `lends_reference` says that it is arrays of the policy itself."""
+
+    state: TrainState
+    sums: Sums
+    reference: Any
+    lends_reference: bool
+
+
+def config_of(recipe: Recipe, config: LlavaOnevisionConfig) -> LlavaOnevisionConfig:
+    """The shape that `recipe` trains, starting from a model of shape `config`: a reward model's gains a head."""
+    if isinstance(recipe.objective, RewardObjective) and not is_reward(config):
+        return reward_config(config, recipe.reward.head)
+    return config
+
+
+def abstract_batch(bucket: Bucket, responses: int, config: LlavaOnevisionConfig, mesh: AnyMesh) -> GroupBatch:
     """The batch of a bucket as shapes with shardings."""
     one = Bucket(1, bucket.tiles, bucket.prompt, bucket.response)
     filler = pack(
@@ -48,6 +75,61 @@ def abstract_batch(bucket: Bucket, responses: int, config: LlavaOnevisionConfig,
     return jax.tree.map(abstract, filler)
 
 
+def abstract_run(recipe: Recipe, config: LlavaOnevisionConfig, mesh: AnyMesh) -> AbstractRun:
+    """The arrays of a run over `mesh`; what is frozen is taken to be stored in the recipe's compute dtype."""
+    bare = declare(config)
+    declared = with_dtypes(bare, loading_rates(recipe), recipe.compute.dtype)
+    if recipe.lora.rank:
+        declared = lora.declare_adapted(declared, recipe.lora.targets, recipe.lora.rank, recipe.lora.alpha)
+    trainable, frozen = partition(nn_params.abstract(declared, mesh, recipe.sharding), trains(recipe))
+    whole = replicated(mesh)
+    optimizer = make_optimizer(recipe.optimizer, 1)
+    moments = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(optimizer.init, trainable),
+        state_shardings(optimizer, trainable, frozen, whole).optimizer,
+    )
+    sums = Sums(
+        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), trainable),
+        {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for name in metric_names(recipe.objective)},
+    )
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    state = TrainState(step, trainable, frozen, moments)
+    lends = recipe.reference == "lora_off" and recipe.objective.needs_reference
+    reference = None
+    if lends:
+        reference = lora.strip(combine(trainable, frozen))
+    elif recipe.reference == "online" and recipe.objective.needs_reference:
+        reference = nn_params.abstract(with_dtypes(bare, INFERENCE, recipe.compute.dtype), mesh, recipe.sharding)
+    return AbstractRun(state, sums, reference, lends)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """What one device holds of a tree of ShapeDtypeStructs with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def trace_accumulate(
+    recipe: Recipe,
+    config: LlavaOnevisionConfig,
+    bucket: Bucket,
+    mesh: Mesh,
+    *,
+    responses: int = 4,
+    platform: str | None = None,
+) -> jax.stages.Traced:
+    """`accumulate` of one bucket, traced for the mesh's devices, or for `platform`."""
+    compute = compute_of(recipe, mesh, platform=platform)
+    run = abstract_run(recipe, config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, run.sums)
+    step = make_accumulate(config, compute, recipe.objective, sums_sharding=Sums(shardings.gradients, replicated(mesh)))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = abstract_batch(bucket, responses, config, mesh)
+    with jax.set_mesh(mesh):
+        return step.trace(run.state.trainable, run.state.frozen, run.reference, run.sums, batch, key)
+
+
 def lower_accumulate(
     recipe: Recipe,
     config: LlavaOnevisionConfig,
@@ -58,21 +140,18 @@ def lower_accumulate(
     platform: str | None = None,
 ) -> Any:
     """`accumulate` of one bucket, traced and lowered (jax.stages.Lowered) for the mesh's devices, or for `platform`."""
-    compute = compute_of(recipe, mesh, platform=platform)
-    trainable, frozen = _abstract_params(recipe, config, mesh)
-    sums_sharding = Sums(jax.tree.map(lambda p: p.sharding, trainable), replicated(mesh))
-    sums = Sums(
-        jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), trainable),
-        {
-            name: jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
-            for name in metric_names(recipe.objective)
-        },
-    )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    step = make_accumulate(config, compute, recipe.objective, sums_sharding=sums_sharding)
+    traced = trace_accumulate(recipe, config, bucket, mesh, responses=responses, platform=platform)
     with jax.set_mesh(mesh):
-        traced = step.trace(trainable, frozen, None, sums, abstract_batch(bucket, responses, config, mesh), key)
         return traced.lower(lowering_platforms=(platform,) if platform else None)
+
+
+def lower_apply(recipe: Recipe, config: LlavaOnevisionConfig, mesh: Mesh) -> Any:
+    """`apply`, traced and lowered (jax.stages.Lowered) for the mesh's devices."""
+    run = abstract_run(recipe, config, mesh)
+    optimizer = make_optimizer(recipe.optimizer, 1)
+    shardings = state_shardings(optimizer, run.state.trainable, run.state.frozen, replicated(mesh))
+    with jax.set_mesh(mesh):
+        return make_apply(optimizer, state_sharding=shardings).trace(run.state, run.sums).lower()
 
 
 def memory_advice(recipe: Recipe, step: int, bucket: Bucket, mesh: Mesh) -> str:
@@ -95,11 +174,3 @@ def memory_advice(recipe: Recipe, step: int, bucket: Bucket, mesh: Mesh) -> str:
         f"out of device memory at step {step}, bucket {bucket}, {groups} groups on each of {shards} parts of the "
         f"batch, remat {recipe.compute.remat!r}. What needs less, cheapest first:\n  " + "\n  ".join(cures)
     )
-
-
-def _abstract_params(recipe: Recipe, config: LlavaOnevisionConfig, mesh: Mesh) -> tuple[Any, Any]:
-    adapts = recipe.lora
-    declared = with_dtypes(declare(config), loading_rates(recipe), recipe.compute.dtype)
-    if adapts.rank:
-        declared = declare_adapted(declared, adapts.targets, adapts.rank, adapts.alpha)
-    return partition(nn_params.abstract(declared, mesh, recipe.sharding), trains(recipe))
