@@ -131,9 +131,10 @@ def _sides(command: Step, config: LlavaOnevisionConfig, work: Path) -> Iterator[
 def _say_what_runs(command: Step, config: LlavaOnevisionConfig, rate: float) -> None:
     d, t, on = config.decoder, config.tower, machine()
     print(
-        f"{on['processor']}, {on['cores']} cores, jax {on['jax']}, matrix products at {rate / 1e9:,.0f} GFLOP/s; decoder {d.layers} x {d.embed}, "
-        f"vocabulary {d.vocab}, frozen tower {t.layers} x {t.embed}, {command.compute.dtype}, remat "
-        f"{command.compute.remat}, online reference; against {command.against}, medians of {command.repeats}",
+        f"{on['processor']}, {on['cores']} cores, jax {on['jax']}, matrix products at {rate / 1e9:,.0f} GFLOP/s; "
+        f"decoder {d.layers} x {d.embed}, vocabulary {d.vocab}, frozen tower {t.layers} x {t.embed}, "
+        f"{command.compute.dtype}, remat {command.compute.remat}, online reference; against {command.against}, "
+        f"medians of {command.repeats}",
         flush=True,
     )
 

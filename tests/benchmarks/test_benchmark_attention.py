@@ -38,7 +38,7 @@ def test_on_a_cpu_xla_is_timed_and_the_others_say_why_they_cannot_serve(tmp_path
         low, high = xla["range"][each]
         assert 0 < low <= xla["seconds"][each] <= high
         assert xla["flops_per_second"][each] == pytest.approx(row["flops"][each] / xla["seconds"][each])
-        assert xla["of_peak"][each] == pytest.approx(xla["flops_per_second"][each] / figures["peak_flops"])
+        assert xla["of_peak"][each] == pytest.approx(xla["flops_per_second"][each] / row["peak_flops"])
     assert figures["dtype"] == "float32"
     assert "cudnn   cannot serve: cudnn attention needs a GPU, this is cpu" in capsys.readouterr().out
 
