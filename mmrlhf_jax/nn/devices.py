@@ -36,7 +36,7 @@ class Accelerator:
 
 _CLOUD = "docs.cloud.google.com/tpu/docs"
 _TABLE = (
-    # Peak and bandwidth: the page named. Memory: what libtpu 0.0.42 says it has (v4: two cores of 15.25 GiB). Links: half
+    # Peak and bandwidth: the page named. Memory: what libtpu 0.0.42 says it has (v4: twice 15.25 GiB). Links: half
     # of "bidirectional ICI bandwidth per chip". Network: "data center network bandwidth" per chip, or per pod of 256
     Accelerator(
         "v4", 275e12, 30.5 * GIB, 1200e9, 300e9, None, f"{_CLOUD}/v4; links: 6 of 50 GB/s, arXiv 2304.01433, table 1"
