@@ -20,11 +20,11 @@ import tyro
 
 from mmrlhf_jax.command import CommandError, UsageError, run_command
 from mmrlhf_jax.groups import Bucket
-from mmrlhf_jax.training.plan_report import as_json, lines, verdict
+from mmrlhf_jax.planning.plan import TYPICAL, Choices, make_plan
+from mmrlhf_jax.planning.report import as_json, lines, verdict
+from mmrlhf_jax.planning.step_time import EFFICIENCY
+from mmrlhf_jax.planning.topology import read_target
 from mmrlhf_jax.training.recipe import Recipe, read_recipe
-from mmrlhf_jax.training.recipe_plan import TYPICAL, Choices, make_plan
-from mmrlhf_jax.training.step_time import EFFICIENCY
-from mmrlhf_jax.training.topology import read_target
 
 
 def main() -> None:

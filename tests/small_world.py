@@ -126,7 +126,7 @@ def start_hosts(program: str, *arguments: object, processes: int, devices: int) 
     in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     here = environment(devices)
     here["XLA_FLAGS"] += f" {in_order}"
-    here.pop("NPROC", None)  # threads to spare start more of them at once
+    here.pop("NPROC", None)  # conftest's cure for many devices in one process; these have a few each
     folder = Path(tempfile.mkdtemp(prefix="hosts-"))
     hosts = []
     for number in range(processes):

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmrlhf_jax.benchmarks.machine import machine
+from mmrlhf_jax.benchmarks.machine import machine, measured_peak
 from mmrlhf_jax.command import CommandError, UsageError, one_line
 from mmrlhf_jax.nn.attention import Backend, GroupRule, backend_problem, group_attention
 from mmrlhf_jax.training.runtime import set_up_jax
@@ -86,7 +86,7 @@ def time_attention(command: Attention) -> None:
         for prompt in command.prompts or ((512, 1024) if platform == "cpu" else (3072, 7424)):
             case = Case(model, prompt, command.responses, command.response)
             # anew for each case: clocks, and who else uses the machine, change in minutes
-            peak = measured_peak(dtype, 2048 if platform == "cpu" else 8192)
+            peak = measured_peak(dtype)
             rows.append(time_case(case, platform, dtype, peak, command.repeats, command.seconds))
             print("\n".join(_lines(rows[-1])), flush=True)
     if command.output:
@@ -96,22 +96,6 @@ def time_attention(command: Attention) -> None:
         Path(command.output).write_text(json.dumps(figures, indent=2) + "\n")
     if failed := sorted({name for row in rows for name, found in row["backends"].items() if "failed" in found}):
         raise CommandError(f"{', '.join(failed)} should serve here and failed, see above")
-
-
-def measured_peak(dtype: str, size: int, repeats: int = 4) -> float:
-    """FLOP/s of products of two square matrices of `size`: the best of `repeats`, each of several products in a row so
-    that starting them does not count. Published peaks are for chips; this is what this device does, clocks, cores and
-    precision as they are."""
-    at_once = 2
-    a, b = (jax.random.normal(jax.random.key(seed), (size, size), dtype) for seed in range(2))
-    multiply = jax.jit(jnp.matmul)
-    multiply(a, b).block_until_ready()
-    best = float("inf")
-    for _ in range(repeats):
-        began = time.perf_counter()
-        jax.block_until_ready([multiply(a, b) for _ in range(at_once)])
-        best = min(best, time.perf_counter() - began)
-    return at_once * 2 * size**3 / best
 
 
 def time_case(case: Case, platform: str, dtype: str, peak: float, repeats: int, seconds: float) -> dict[str, Any]:

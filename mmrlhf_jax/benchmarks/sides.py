@@ -7,19 +7,21 @@ import ctypes
 import functools
 import math
 import multiprocessing
+import os
 import resource
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from mmrlhf_jax.batch import Entry
-from mmrlhf_jax.benchmarks.machine import cores
+from mmrlhf_jax.benchmarks.machine import cores, measured_peak
 from mmrlhf_jax.benchmarks.workload import Case, as_pairs, random_group
 from mmrlhf_jax.command import CommandError
 from mmrlhf_jax.models.llava_onevision.config import read_config
@@ -68,7 +70,7 @@ class Side:
         return self._ask("step")
 
     def matrix_rate(self) -> float:
-        """FLOP/s of a large matrix product, measured."""
+        """FLOP/s of large matrix products in jax, on this side's device."""
         return self._ask("rate")
 
     def close(self) -> None:
@@ -93,6 +95,8 @@ class Side:
 
 def _serve(connection: Connection, form: Form, settings: Settings) -> None:
     trl = form in ("trl", "trl default")
+    # the sides share a GPU, of which jax would take three quarters at once
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     side: _Ours | _Trl | None = None
     while True:
         try:
@@ -100,11 +104,12 @@ def _serve(connection: Connection, form: Form, settings: Settings) -> None:
         except EOFError:
             return
         try:
+            if asked == "rate":
+                connection.send(measured_peak(settings.compute.dtype))
+                continue
             if side is None:
                 side = _Trl(settings, checkpointing=form == "trl default") if trl else _Ours(settings, form)
-            if asked == "rate":
-                connection.send(side.matrix_rate())
-            elif asked == "step":
+            if asked == "step":
                 _forget_peak()
                 seconds, loss, norm = side.step()
                 connection.send(Measured(seconds, loss, norm, side.device_peak() or _peak()))
@@ -184,14 +189,6 @@ class _Ours:
         seconds = time.perf_counter() - began
         return seconds, float(sums.metrics["loss"]), math.sqrt(float(self._norm(sums.gradients)))
 
-    def matrix_rate(self) -> float:
-        import jax
-        import jax.numpy as jnp
-
-        side, dtype = (2048, jnp.float32) if jax.default_backend() == "cpu" else (8192, jnp.bfloat16)
-        a, product = jnp.ones((side, side), dtype), jax.jit(jnp.matmul)
-        return _rate(lambda: product(a, a).block_until_ready(), side)
-
     def device_peak(self) -> int:
         import jax
 
@@ -203,8 +200,6 @@ class _Trl:
     ours is. `checkpointing` is TRL's default; without it a step is faster and holds more."""
 
     def __init__(self, settings: Settings, *, checkpointing: bool):
-        import tempfile
-
         import torch
         from datasets import Dataset
         from transformers import AutoTokenizer, LlavaOnevisionForConditionalGeneration
@@ -222,7 +217,7 @@ class _Trl:
             model=self._model,
             ref_model=reference,
             args=DPOConfig(
-                output_dir=tempfile.mkdtemp(),
+                output_dir=str(Path(settings.model).parent / "trl"),
                 beta=settings.beta,
                 max_length=None,
                 bf16=False,  # the weights have their dtype already
@@ -286,19 +281,6 @@ class _Trl:
         squares = (float(p.grad.double().square().sum()) for p in self._model.parameters() if p.grad is not None)
         return seconds, total, math.sqrt(math.fsum(squares))
 
-    def matrix_rate(self) -> float:
-        import torch
-
-        side = 2048 if self._device == "cpu" else 8192
-        a = torch.ones((side, side), dtype=torch.float32 if self._device == "cpu" else torch.bfloat16).to(self._device)
-
-        def product() -> None:
-            torch.matmul(a, a)
-            if self._device == "cuda":
-                torch.cuda.synchronize()
-
-        return _rate(product, side)
-
     def device_peak(self) -> int:
         import torch
 
@@ -313,15 +295,6 @@ def _silence() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-
-
-def _rate(product: Callable[[], Any], side: int) -> float:
-    seconds = []
-    for _ in range(6):
-        began = time.perf_counter()
-        product()
-        seconds.append(time.perf_counter() - began)
-    return 2 * side**3 / min(seconds[1:])
 
 
 def _slots(tokens: int) -> int:

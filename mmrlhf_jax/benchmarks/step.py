@@ -19,17 +19,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
+
 from mmrlhf_jax.benchmarks.machine import machine
 from mmrlhf_jax.benchmarks.sides import Form, Measured, Settings, Side
-from mmrlhf_jax.benchmarks.workload import Case, mix_cases, model_config, ranked_case
+from mmrlhf_jax.benchmarks.workload import ANSWERS, PICTURES, Case, mix_cases, model_config, ranked_case
 from mmrlhf_jax.command import CommandError, UsageError
 from mmrlhf_jax.models.llava_onevision import fresh
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.cost import group_flops, pairs_flops
+from mmrlhf_jax.models.llava_onevision.model import declare
+from mmrlhf_jax.models.llava_onevision.weights import save_directory
+from mmrlhf_jax.nn import params as nn_params
+from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.recipe import ComputeConfig
 
-_FORMS: dict[str, tuple[Form, ...]] = {"pairs": ("pairs",), "trl": ("trl",), "trl-default": ("trl default",)}
-ONLY_GROUP: Form = "group"
+_FORMS: dict[str, Form] = {"pairs": "pairs", "trl": "trl", "trl-default": "trl default"}
+MOST_OF_MIX = len(ANSWERS) // len(PICTURES)  # its groups are drawn once each
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,10 @@ class Step:
 def time_step(command: Step) -> None:
     """Prints a line a case. Raises UsageError for a case that cannot be made, CommandError for a side that fails or
     computes something else."""
+    if command.repeats < 1 or command.pairs_at_once < 1 or not 0 <= command.mix <= MOST_OF_MIX or command.mix_pairs < 0:
+        raise UsageError(
+            f"--repeats and --pairs-at-once are at least 1, --mix is 0 to {MOST_OF_MIX}, --mix-pairs is not negative"
+        )
     if command.against != "pairs" and not (importlib.util.find_spec("trl") and importlib.util.find_spec("torch")):
         raise CommandError("the other side is TRL, which is not installed: pip install 'mmrlhf-jax[parity]'")
     config = model_config(command.decoder_layers, command.embed, command.vocab, command.tower_layers)
@@ -78,6 +88,7 @@ def time_step(command: Step) -> None:
     except ValueError as error:
         raise UsageError(f"--prompt {command.prompt}: {error}") from error
     mixed = mix_cases(command.mix) if command.mix else []
+    jax.config.update("jax_platforms", "cpu")  # this process only writes the models; the sides have the accelerator
     with tempfile.TemporaryDirectory() as work, _sides(command, config, Path(work)) as (ours, other):
         rate = ours.matrix_rate()
         _say_what_runs(command, config, rate)
@@ -99,18 +110,11 @@ def time_step(command: Step) -> None:
 
 def write_models(config: LlavaOnevisionConfig, work: Path) -> tuple[str, str]:
     """Two random models of one shape, a policy and a reference, in the llava-hf layout: their directories."""
-    import jax
-
-    from mmrlhf_jax.models.llava_onevision.model import declare
-    from mmrlhf_jax.models.llava_onevision.weights import save_directory
-    from mmrlhf_jax.nn import params as nn_params
-    from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-
     assets = work / "assets"
     fresh.write_fresh_files(str(assets), config)
     # the tokenizer of 261 tokens is only there to be loaded: prompts are drawn as ids from the whole vocabulary
     (assets / "config.json").write_text(json.dumps(fresh.hf_config(config)))
-    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices("cpu")[:1])
+    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     for seed, name in enumerate(("policy", "reference")):
         save_directory(nn_params.initialise(declare(config), seed, mesh, ShardingRules()), assets, work / name)
     return str(work / "policy"), str(work / "reference")
@@ -120,7 +124,7 @@ def write_models(config: LlavaOnevisionConfig, work: Path) -> tuple[str, str]:
 def _sides(command: Step, config: LlavaOnevisionConfig, work: Path) -> Iterator[tuple[Side, Side]]:
     policy, reference = write_models(config, work)
     settings = Settings(policy, reference, command.compute, 0.1, command.pairs_at_once)
-    sides = [Side(form, settings) for form in (ONLY_GROUP, *_FORMS[command.against])]
+    sides = [Side(form, settings) for form in ("group", _FORMS[command.against])]
     try:
         yield sides[0], sides[1]
     finally:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mmrlhf_jax.benchmarks import attention as benchmark
-from mmrlhf_jax.benchmarks.attention import BACKENDS, Attention, Case, measured_peak, time_attention, time_case
+from mmrlhf_jax.benchmarks.attention import BACKENDS, Attention, Case, time_attention, time_case
+from mmrlhf_jax.benchmarks.machine import measured_peak
 from mmrlhf_jax.command import CommandError, UsageError
 
 SMALL = Attention(models=("0.5b",), prompts=(32,), responses=2, response=8, repeats=3)
@@ -19,7 +20,7 @@ SMALL = Attention(models=("0.5b",), prompts=(32,), responses=2, response=8, repe
 
 @pytest.fixture(autouse=True)
 def _small_products(monkeypatch):
-    monkeypatch.setattr(benchmark, "measured_peak", lambda dtype, size: measured_peak(dtype, 64, repeats=1))
+    monkeypatch.setattr(benchmark, "measured_peak", lambda dtype: measured_peak(dtype, 64, repeats=1))
 
 
 def test_on_a_cpu_xla_is_timed_and_the_others_say_why_they_cannot_serve(tmp_path, capsys):

@@ -55,6 +55,12 @@ def test_a_prompt_that_its_picture_fills_is_refused():
     assert "--prompt 900: a picture of 384 x 200 is 1149 tokens" in done.stderr
 
 
+def test_more_of_the_mix_than_there_is_is_refused():
+    done = benchmark(ROOT / "launch" / "benchmark.py", "--mix", 12)
+    assert done.returncode == 2
+    assert "--mix is 0 to 11" in done.stderr
+
+
 @pytest.mark.parity
 @pytest.mark.slow
 def test_trl_finds_the_same_loss_and_gradient_and_some_of_its_pairs_stand_for_all(tmp_path):

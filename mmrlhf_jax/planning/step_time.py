@@ -22,7 +22,7 @@ from mmrlhf_jax.models.llava_onevision.cost import Flops, GroupShape, group_flop
 from mmrlhf_jax.nn.devices import Accelerator
 from mmrlhf_jax.nn.sharding import AnyMesh
 from mmrlhf_jax.objectives import ScalarReward
-from mmrlhf_jax.training.memory import Local, gathered_bytes, local_part
+from mmrlhf_jax.planning.memory import Local, gathered_bytes, local_part
 from mmrlhf_jax.training.planning import AbstractRun, abstract_run, bytes_per_device
 from mmrlhf_jax.training.recipe import Recipe
 from mmrlhf_jax.training.state import combine, rate_of

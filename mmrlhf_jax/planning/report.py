@@ -12,10 +12,10 @@ from mmrlhf_jax.models.families import declare
 from mmrlhf_jax.nn.devices import GIB
 from mmrlhf_jax.nn.params import count
 from mmrlhf_jax.nn.sharding import MeshConfig, shape_of_mesh
-from mmrlhf_jax.training.compiled import Compiled, TooLarge
-from mmrlhf_jax.training.memory import GRADIENTS, MARGIN
+from mmrlhf_jax.planning.compiled import Compiled, TooLarge
+from mmrlhf_jax.planning.memory import GRADIENTS, MARGIN
+from mmrlhf_jax.planning.plan import Plan
 from mmrlhf_jax.training.planning import abstract_run
-from mmrlhf_jax.training.recipe_plan import Plan
 
 
 def lines(plan: Plan) -> Iterator[str]:

@@ -20,9 +20,11 @@ from mmrlhf_jax.models.llava_onevision.shapes import SHAPES
 from mmrlhf_jax.nn.devices import ACCELERATORS
 from mmrlhf_jax.nn.remat import leaner
 from mmrlhf_jax.nn.sharding import AnyMesh, BatchShare, MeshConfig, shape_of_mesh
-from mmrlhf_jax.training.compiled import Compiled, TooLarge, compile_ahead, traced_flops
+from mmrlhf_jax.planning.compiled import Compiled, TooLarge, compile_ahead, traced_flops
+from mmrlhf_jax.planning.memory import Footprint, footprint
+from mmrlhf_jax.planning.step_time import EFFICIENCY, Load, StepTime, micro_batches, step_time
+from mmrlhf_jax.planning.topology import Target, candidates, over, tpu_mesh
 from mmrlhf_jax.training.data import measure_data, plan_data
-from mmrlhf_jax.training.memory import Footprint, footprint
 from mmrlhf_jax.training.model import LoadedModel, assets_of
 from mmrlhf_jax.training.planning import (
     abstract_batch,
@@ -34,8 +36,6 @@ from mmrlhf_jax.training.planning import (
 )
 from mmrlhf_jax.training.recipe import LoraConfig, Recipe
 from mmrlhf_jax.training.setup import renderer_of
-from mmrlhf_jax.training.step_time import EFFICIENCY, Load, StepTime, micro_batches, step_time
-from mmrlhf_jax.training.topology import Target, candidates, over, tpu_mesh
 
 TYPICAL = Bucket(0, 5, 3072, 768)
 """A ranked picture of the MM-RLHF mix: 640 x 480 pixels are 5 tiles and 2,910 tokens, beside them some text; about 522

@@ -16,9 +16,12 @@ from mmrlhf_jax.nn.devices import ACCELERATORS, GIB
 from mmrlhf_jax.nn.params import count
 from mmrlhf_jax.nn.sharding import MeshConfig, make_mesh, shape_of_mesh
 from mmrlhf_jax.objectives import DPO, MMDPO, CritiqueReward
-from mmrlhf_jax.training.compiled import Compiled, TooLarge, read_exhaustion, traced_flops
-from mmrlhf_jax.training.memory import footprint, gathered_bytes
-from mmrlhf_jax.training.plan_report import as_json, lines, verdict
+from mmrlhf_jax.planning.compiled import Compiled, TooLarge, read_exhaustion, traced_flops
+from mmrlhf_jax.planning.memory import footprint, gathered_bytes
+from mmrlhf_jax.planning.plan import Choices, CompiledBucket, make_plan
+from mmrlhf_jax.planning.report import as_json, lines, verdict
+from mmrlhf_jax.planning.step_time import Load, micro_batches, step_time
+from mmrlhf_jax.planning.topology import Target, candidates, read_target
 from mmrlhf_jax.training.planning import (
     abstract_batch,
     abstract_run,
@@ -29,10 +32,7 @@ from mmrlhf_jax.training.planning import (
     trace_accumulate,
 )
 from mmrlhf_jax.training.recipe import ComputeConfig, DataConfig, LoraConfig, OptimizerConfig, Recipe
-from mmrlhf_jax.training.recipe_plan import Choices, CompiledBucket, make_plan
 from mmrlhf_jax.training.state import PartRates
-from mmrlhf_jax.training.step_time import Load, micro_batches, step_time
-from mmrlhf_jax.training.topology import Target, candidates, read_target
 
 MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
 BUCKET = Bucket(8, 2, 256, 128)
