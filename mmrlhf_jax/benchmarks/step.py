@@ -1,8 +1,15 @@
 """The gradient step of DPO over all pairs of one group, against the same preferences one by one: as our own separate
 pairs, or as TRL's DPOTrainer takes them.
 
-Same weights, same tokens, online reference on both sides; interleaved repeats, medians, ratios of neighbouring repeats.
-Both sides must find the same loss and gradient, or their times mean nothing.
+Same weights, same tokens, online reference on both sides (under LoRA the policy without its adapters); interleaved
+repeats, medians, ratios of neighbouring repeats. Both sides must find the same loss and gradient, or their times mean
+nothing.
+
+A step's seconds are from batches on the device to gradients on the device. Its data wait is told beside them: the
+seconds, on one thread of this host, to make those batches from rendered groups (token ids, u8 tiles, taps) and move
+them to the device; ours packs rows of a bucket, TRL's side pads pairs and normalises pixels, as its collator does for
+every row. Decoding and tiling pictures and tokenizing count for neither (benchmark.py data), nor does the overlap with
+the previous step that both trainers seek: it is the wait where nothing overlaps.
 """
 
 from __future__ import annotations
@@ -22,20 +29,31 @@ from typing import Any, Literal
 import jax
 
 from mmrlhf_jax.benchmarks.machine import machine
+from mmrlhf_jax.benchmarks.models import Shape, shape_config, write_models
+from mmrlhf_jax.benchmarks.ops import table, with_bounds
 from mmrlhf_jax.benchmarks.sides import Form, Measured, Settings, Side
-from mmrlhf_jax.benchmarks.workload import ANSWERS, PICTURES, Case, mix_cases, model_config, ranked_case
+from mmrlhf_jax.benchmarks.workload import ANSWERS, PICTURES, Case, mix_cases, ranked_case
 from mmrlhf_jax.command import CommandError, UsageError
-from mmrlhf_jax.models.llava_onevision import fresh
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.cost import group_flops, pairs_flops
-from mmrlhf_jax.models.llava_onevision.model import declare
-from mmrlhf_jax.models.llava_onevision.weights import save_directory
-from mmrlhf_jax.nn import params as nn_params
-from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
+from mmrlhf_jax.nn.attention import Backend
+from mmrlhf_jax.nn.remat import RematRung
 from mmrlhf_jax.training.recipe import ComputeConfig
 
 _FORMS: dict[str, Form] = {"pairs": "pairs", "trl": "trl", "trl-default": "trl default"}
 MOST_OF_MIX = len(ANSWERS) // len(PICTURES)  # its groups are drawn once each
+
+
+@dataclass(frozen=True)
+class StepCompute:
+    """How both sides compute (dtype), and how ours does."""
+
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """default: float32 on CPUs, bfloat16 elsewhere; parameters that train are fp32 whatever this says"""
+    attention: Backend = "auto"
+    remat: RematRung | None = None
+    """default: none, and full for 7b"""
+    vocab_chunk: int = 8192
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,12 @@ class Step:
     against: Literal["pairs", "trl", "trl-default"] = "pairs"
     """pairs: our own code, every pair as two full sequences; trl: TRL 1.16 at its fastest, nothing recomputed;
     trl-default: with gradient checkpointing, as it comes. Both need the parity extra"""
+    shape: Shape = "pinned"
+    """pinned: a small model for CPUs; 0.5b and 7b: LLaVA-OneVision's own sizes, random weights. Both sides must fit the
+    device together: 7b needs --lora-rank on one of 80 GB"""
+    lora_rank: int = 0
+    """both sides train LoRA adapters of this rank on the kernels of decoder and projector, from the same random values,
+    over a base in the compute dtype; 0: the parameters themselves"""
     responses: tuple[int, ...] = (2, 4)
     """the K to time, all pairs of K strictly ranked answers each; none to leave these cases out"""
     prompt: int = 1300
@@ -60,47 +84,63 @@ class Step:
     every pair"""
     scaling: bool = False
     """also time growing answers and growing micro-batches of our side, and fit lines through them"""
+    ops: bool = False
+    """also time the parts of our step one by one, beside their FLOPs, bytes and what the machine's speeds allow"""
     repeats: int = 5
-    decoder_layers: int = 8
-    embed: int = 512
-    vocab: int = 32000
-    tower_layers: int = 6
+    decoder_layers: int | None = None
+    """of the pinned shape, as the next three: 8 if not given"""
+    embed: int | None = None
+    """512 if not given"""
+    vocab: int | None = None
+    """32000 if not given"""
+    tower_layers: int | None = None
+    """6 if not given"""
     pairs_at_once: int = 1
     """pairs TRL forwards in one batch"""
-    compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(dtype="float32", remat="none"))
+    compute: StepCompute = field(default_factory=StepCompute)
     output: str | None = None
     """a JSON file for the figures"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every case of one run shares: the sides are loaded. `rate` FLOP/s, `bandwidth` bytes a second."""
+
+    command: Step
+    config: LlavaOnevisionConfig
+    compute: ComputeConfig
+    ours: Side
+    other: Side
+    device: tuple[str, str]
+    rate: float
+    bandwidth: float
 
 
 def time_step(command: Step) -> None:
     """Prints a line a case. Raises UsageError for a case that cannot be made, CommandError for a side that fails or
     computes something else."""
-    if command.repeats < 1 or command.pairs_at_once < 1 or not 0 <= command.mix <= MOST_OF_MIX or command.mix_pairs < 0:
-        raise UsageError(
-            f"--repeats and --pairs-at-once are at least 1, --mix is 0 to {MOST_OF_MIX}, --mix-pairs is not negative"
-        )
-    if command.against != "pairs" and not (importlib.util.find_spec("trl") and importlib.util.find_spec("torch")):
-        raise CommandError("the other side is TRL, which is not installed: pip install 'mmrlhf-jax[parity]'")
-    config = model_config(command.decoder_layers, command.embed, command.vocab, command.tower_layers)
-    config = dataclasses.replace(config, image_token=command.vocab - 2, video_token=command.vocab - 1)
+    _check(command)
+    names = ("decoder_layers", "embed", "vocab", "tower_layers")
+    config = shape_config(command.shape, {name: getattr(command, name) for name in names})
     try:
         cases = [ranked_case(k, command.prompt, command.response, command.picture, config) for k in command.responses]
     except ValueError as error:
         raise UsageError(f"--prompt {command.prompt}: {error}") from error
     mixed = mix_cases(command.mix) if command.mix else []
     jax.config.update("jax_platforms", "cpu")  # this process only writes the models; the sides have the accelerator
-    with tempfile.TemporaryDirectory() as work, _sides(command, config, Path(work)) as (ours, other):
-        rate = ours.matrix_rate()
-        _say_what_runs(command, config, rate)
-        rows = [_time_case(command, config, case, ours, other, rate, case.pairs) for case in cases]
-        shown = [_time_case(command, config, case, ours, other, rate, _some(case, command.mix_pairs)) for case in mixed]
+    with tempfile.TemporaryDirectory() as work, _bench(command, config, Path(work)) as bench:
+        _say_what_runs(bench)
+        rows = [_time_case(bench, case, case.pairs) for case in cases]
+        shown = [_time_case(bench, case, _some(case, command.mix_pairs)) for case in mixed]
         mean = _mean_of_mix(mixed, shown) if mixed else None
-        lines = _scaling(command, config, ours) if command.scaling else []
+        lines = _scaling(command, config, bench.ours) if command.scaling else []
     if command.output:
         figures = {
             "command": dataclasses.asdict(command),
-            "machine": machine(),
-            "matrix_rate": rate,
+            "compute": dataclasses.asdict(bench.compute),
+            "machine": {**machine(), "platform": bench.device[0], "device": bench.device[1]},
+            "matrix_rate": bench.rate,
+            "bandwidth": bench.bandwidth,
             "rows": rows,
             "mix_rows": shown,
             "scaling": lines,
@@ -108,36 +148,59 @@ def time_step(command: Step) -> None:
         Path(command.output).write_text(json.dumps({**figures, "mix": mean}, indent=2) + "\n")
 
 
-def write_models(config: LlavaOnevisionConfig, work: Path) -> tuple[str, str]:
-    """Two random models of one shape, a policy and a reference, in the llava-hf layout: their directories."""
-    assets = work / "assets"
-    fresh.write_fresh_files(str(assets), config)
-    # the tokenizer of 261 tokens is only there to be loaded: prompts are drawn as ids from the whole vocabulary
-    (assets / "config.json").write_text(json.dumps(fresh.hf_config(config)))
-    mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    for seed, name in enumerate(("policy", "reference")):
-        save_directory(nn_params.initialise(declare(config), seed, mesh, ShardingRules()), assets, work / name)
-    return str(work / "policy"), str(work / "reference")
+def _check(command: Step) -> None:
+    if command.repeats < 1 or command.pairs_at_once < 1 or not 0 <= command.mix <= MOST_OF_MIX or command.mix_pairs < 0:
+        raise UsageError(
+            f"--repeats and --pairs-at-once are at least 1, --mix is 0 to {MOST_OF_MIX}, --mix-pairs is not negative"
+        )
+    if command.lora_rank < 0:
+        raise UsageError(f"--lora-rank {command.lora_rank}: a rank is positive; 0 is no adapters")
+    needed = ["trl", "torch", *(["peft"] if command.lora_rank else [])]
+    if command.against != "pairs" and not all(importlib.util.find_spec(name) for name in needed):
+        raise CommandError("the other side is TRL, which is not installed: pip install 'mmrlhf-jax[parity]'")
 
 
 @contextmanager
-def _sides(command: Step, config: LlavaOnevisionConfig, work: Path) -> Iterator[tuple[Side, Side]]:
-    policy, reference = write_models(config, work)
-    settings = Settings(policy, reference, command.compute, 0.1, command.pairs_at_once)
-    sides = [Side(form, settings) for form in ("group", _FORMS[command.against])]
+def _bench(command: Step, config: LlavaOnevisionConfig, work: Path) -> Iterator[Bench]:
+    sides = ours, other = Side("group"), Side(_FORMS[command.against])
     try:
-        yield sides[0], sides[1]
+        device, theirs = ours.device(), other.device()
+        if device[0] != theirs[0]:
+            raise CommandError(
+                f"jax computes on {device[0]}, {command.against} on {theirs[0]}: two devices cannot be compared; "
+                "install both for one, or hide it (JAX_PLATFORMS=cpu, CUDA_VISIBLE_DEVICES=)"
+            )
+        compute = _compute(command, device[0])
+        rate, bandwidth = ours.speeds(compute.dtype)  # before the models take memory
+        models = write_models(config, work, compute.dtype, command.lora_rank)
+        for side in sides:
+            side.load(Settings(models, command.lora_rank, compute, 0.1, command.pairs_at_once))
+        yield Bench(command, config, compute, ours, other, device, rate, bandwidth)
     finally:
         for side in sides:
             side.close()
 
 
-def _say_what_runs(command: Step, config: LlavaOnevisionConfig, rate: float) -> None:
-    d, t, on = config.decoder, config.tower, machine()
+def _compute(command: Step, platform: str) -> ComputeConfig:
+    """What is not given: what trains there fastest, within the memory of one device."""
+    asked = command.compute
+    return ComputeConfig(
+        dtype=asked.dtype or ("float32" if platform == "cpu" else "bfloat16"),
+        attention=asked.attention,
+        remat=asked.remat or ("full" if command.shape == "7b" else "none"),
+        vocab_chunk=asked.vocab_chunk,
+    )
+
+
+def _say_what_runs(bench: Bench) -> None:
+    command, d, t, on = bench.command, bench.config.decoder, bench.config.tower, machine()
+    trained = f"LoRA of rank {command.lora_rank}, adapters off as" if command.lora_rank else "online"
+    accelerator = "" if bench.device[0] == "cpu" else f"{bench.device[1]}, "
     print(
-        f"{on['processor']}, {on['cores']} cores, jax {on['jax']}, matrix products at {rate / 1e9:,.0f} GFLOP/s; "
+        f"{accelerator}{on['processor']}, {on['cores']} cores, jax {on['jax']}, matrix products at "
+        f"{bench.rate / 1e9:,.0f} GFLOP/s, memory at {bench.bandwidth / 1e9:,.0f} GB/s; {command.shape}: "
         f"decoder {d.layers} x {d.embed}, vocabulary {d.vocab}, frozen tower {t.layers} x {t.embed}, "
-        f"{command.compute.dtype}, remat {command.compute.remat}, online reference; against {command.against}, "
+        f"{bench.compute.dtype}, remat {bench.compute.remat}, {trained} reference; against {command.against}, "
         f"medians of {command.repeats}",
         flush=True,
     )
@@ -151,16 +214,8 @@ def _some(case: Case, count: int) -> tuple[tuple[int, int], ...]:
     return tuple(by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count))
 
 
-def _time_case(
-    command: Step,
-    config: LlavaOnevisionConfig,
-    case: Case,
-    ours: Side,
-    other: Side,
-    rate: float,
-    timed: tuple[tuple[int, int], ...],
-) -> dict[str, Any]:
-    shape = case.shape(config)
+def _time_case(bench: Bench, case: Case, timed: tuple[tuple[int, int], ...]) -> dict[str, Any]:
+    command, ours, other, shape = bench.command, bench.ours, bench.other, case.shape(bench.config)
     first = {side.form: side.prepare(case, pairs) for side, pairs in ((ours, case.pairs), (other, timed))}
     steps: dict[str, list[Measured]] = {ours.form: [], other.form: []}
     for _ in range(command.repeats):
@@ -168,13 +223,20 @@ def _time_case(
             steps[side.form].append(side.step())
     mine, theirs = steps[ours.form], steps[other.form]
     if timed == case.pairs:
-        _check_same(case, mine[0], theirs[0], command.compute.dtype)
-    everywhere = command.against != "pairs"  # TRL 1.16 computes logits of prompts and drops them
-    whole, part = (pairs_flops(config, shape, pairs, every_position=everywhere).total for pairs in (case.pairs, timed))
+        _check_same(case, mine[0], theirs[0], bench.compute.dtype)
+    trains = command.lora_rank == 0
+    # TRL 1.16 computes logits of prompts and drops them, but not where it has Triton
+    everywhere = command.against != "pairs" and bench.device[0] == "cpu"
+    whole, part = (
+        pairs_flops(bench.config, shape, pairs, decoder=trains, every_position=everywhere).total
+        for pairs in (case.pairs, timed)
+    )
     counted = whole / part
-    useful = group_flops(config, shape, reference=True)
+    useful = group_flops(bench.config, shape, decoder=trains, reference=True)
     ratios = [counted * b.seconds / a.seconds for a, b in zip(mine, theirs, strict=True)]
-    seconds = {ours.form: _median(mine), other.form: counted * _median(theirs)}
+    seconds: dict[str, float] = {ours.form: _median(mine), other.form: counted * _median(theirs)}
+    waits: dict[str, float] = {f: statistics.median(m.data_seconds for m in taken) for f, taken in steps.items()}
+    waits[other.form] *= len(case.pairs) / len(timed)
     row: dict[str, Any] = {
         "case": case.name,
         "K": len(case.responses),
@@ -188,13 +250,19 @@ def _time_case(
         "flops_ratio": whole / useful.total,
         "pairs_per_second": {form: len(case.pairs) / s for form, s in seconds.items()},
         "tokens_per_second": (shape.prompt + sum(shape.responses)) / seconds[ours.form],
-        "mfu": {form: useful.total / s / rate for form, s in seconds.items()},
+        "mfu": {form: useful.total / s / bench.rate for form, s in seconds.items()},
+        "data_wait_seconds": waits,
+        "data_wait_share": {form: wait / (wait + seconds[form]) for form, wait in waits.items()},
         "peak_bytes": {form: max(m.peak_bytes for m in taken) for form, taken in steps.items()},
         "first_step_seconds": first,
         "loss": {form: taken[0].loss for form, taken in steps.items()},
         "gradient_norm": {form: taken[0].gradient_norm for form, taken in steps.items()},
     }
     print(_line(row, ours.form, other.form), flush=True)
+    if command.ops:
+        parts = with_bounds(ours.parts(command.repeats), seconds[ours.form], bench.rate, bench.bandwidth)
+        print("\n".join(table(parts)), flush=True)
+        row["parts"] = parts
     return row
 
 
@@ -211,13 +279,14 @@ def _median(steps: Iterable[Measured]) -> float:
 
 
 def _line(row: dict[str, Any], ours: str, other: str) -> str:
-    seconds, peak, low_high = row["seconds"], row["peak_bytes"], row["ratio_range"]
+    seconds, peak, low_high, waits = row["seconds"], row["peak_bytes"], row["ratio_range"], row["data_wait_share"]
     some = "" if row["pairs_timed"] == row["pairs"] else f" ({row['pairs_timed']} timed)"
     return (
         f"K={row['K']}, {row['pairs']} pairs{some}, picture {row['case']}, prompt {row['prompt']}: {ours} "
         f"{seconds[ours]:.2f} s ({row['pairs_per_second'][ours]:.2f} pairs/s, "
-        f"{row['mfu'][ours]:.0%} MFU, {peak[ours] / 2**30:.2f} GiB), {other} {seconds[other]:.2f} s "
-        f"({row['pairs_per_second'][other]:.2f} pairs/s, {peak[other] / 2**30:.2f} GiB): {row['ratio']:.2f}x "
+        f"{row['mfu'][ours]:.0%} MFU, {peak[ours] / 2**30:.2f} GiB, data wait {waits[ours]:.1%}), {other} "
+        f"{seconds[other]:.2f} s ({row['pairs_per_second'][other]:.2f} pairs/s, {peak[other] / 2**30:.2f} GiB, data "
+        f"wait {waits[other]:.1%}): {row['ratio']:.2f}x "
         f"({low_high[0]:.2f} to {low_high[1]:.2f}), by FLOPs {row['flops_ratio']:.2f}x; first step "
         f"{row['first_step_seconds'][ours]:.0f} s"
     )

@@ -1,5 +1,5 @@
-"""What the step benchmark is run on: a small LLaVA-OneVision pinned for CPUs, groups of chosen sizes with any-res
-pictures, and the sizes MM-RLHF's groups have. Numpy only: whoever runs a side draws the same groups from it."""
+"""The groups the step benchmark is run on: of chosen sizes with any-res pictures, and of the sizes MM-RLHF's groups
+have. Numpy only: whoever runs a side draws the same groups from it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.cost import GroupShape
 from mmrlhf_jax.models.llava_onevision.layout import image_layout, image_taps
 from mmrlhf_jax.models.llava_onevision.tiles import image_tiles
-from mmrlhf_jax.models.qwen2.config import Qwen2Config
-from mmrlhf_jax.models.siglip.config import SiglipConfig
 
 TOKENS_PER_WORD = 1.35  # Qwen2's tokenizer on English answers
 TEXT = 40  # tokens of a question and the template around it
@@ -90,25 +88,6 @@ class Case:
     def shape(self, config: LlavaOnevisionConfig) -> GroupShape:
         layout = image_layout(*self.picture, config)
         return GroupShape(layout.tiles, layout.tokens + self.text, self.responses)
-
-
-def model_config(layers: int, embed: int, vocab: int, tower_layers: int) -> LlavaOnevisionConfig:
-    """LLaVA-OneVision's parts at a size CPUs can train: heads of 64, four query heads a key head, tied embeddings; a
-    tower of width 256 on tiles of 384 pixels; the 36 any-res canvases of the real one."""
-    heads = embed // 64
-    return LlavaOnevisionConfig(
-        tower=SiglipConfig(embed=256, layers=tower_layers, heads=4, mlp=1024),
-        decoder=Qwen2Config(
-            vocab=vocab,
-            embed=embed,
-            layers=layers,
-            heads=heads,
-            kv_heads=max(1, heads // 4),
-            head_dim=64,
-            mlp=3 * embed,
-            tied=True,
-        ),
-    )
 
 
 def ranked_case(k: int, prompt: int, response: int, picture: tuple[int, int], config: LlavaOnevisionConfig) -> Case:

@@ -85,19 +85,26 @@ def group_attention(
         prompt = _prompt_splash(q[:, :p], k[:, :p], v[:, :p])
     if p == q.shape[1]:  # prompts alone
         return prompt
-    return jnp.concatenate([prompt, _blocked(q, k, v, rule, p)], axis=1)
+    return jnp.concatenate([prompt, response_attention(q[:, p:], k, v, rule)], axis=1)
+
+
+def response_attention(q: jax.Array, k: jax.Array, v: jax.Array, rule: GroupRule) -> jax.Array:
+    """The responses' rows of `group_attention`, which no backend computes otherwise: q [B, S, N, H]; k, v
+    [B, P+S, G, H] -> [B, S, N, H]."""
+    return _blocked(q, k, v, rule, rule.prompt)
 
 
 def _blocked(q: jax.Array, k: jax.Array, v: jax.Array, rule: GroupRule, first: int) -> jax.Array:
-    """Exact attention of the queries from `first` on, a block at a time; keys right of a tier are never touched."""
-    total = q.shape[1]
+    """Exact attention of the queries from `first` on, which `q` holds, a block at a time; keys right of a tier are
+    never touched."""
+    total = k.shape[1]
     # one tier ends where the prompt does, so that a tier's queries are all prompt or all response
     edges = [*_tiers(first, rule.prompt), *_tiers(max(first, rule.prompt), total), total]
     out = []
     for start, end in itertools.pairwise(edges):
         where = (rule.position[:, start:end], rule.branch[:, start:end], rule.position[:, :end], rule.branch[:, :end])
         only = functools.partial(_one_block, prompt_only=end <= rule.prompt)
-        out.append(_tier(only, q[:, start:end], k[:, :end], v[:, :end], *where))
+        out.append(_tier(only, q[:, start - first : end - first], k[:, :end], v[:, :end], *where))
     return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
 
 

@@ -107,22 +107,25 @@ def initialise(declared: Tree, seed: int, mesh: Mesh, rules: ShardingRules) -> T
 
         def part(index: Any) -> np.ndarray:  # a slice for each axis
             if not stacked:
-                return draw(name, param, param.shape, 0)[index]
+                return draw(name, param, seed)[index]
             layers = range(*index[0].indices(param.shape[0]))
-            return np.stack([draw(name, param, param.shape[1:], layer)[index[1:]] for layer in layers])
+            return np.stack([draw(name, param, seed, layer)[index[1:]] for layer in layers])
 
         return jax.make_array_from_callback(param.shape, sharding, part)
 
-    def draw(name: str, param: Param, shape: tuple[int, ...], layer: int) -> np.ndarray:
-        if param.init in ("zeros", "ones"):
-            return np.full(shape, param.init == "ones", param.dtype)
-        rng = np.random.default_rng((seed, zlib.crc32(name.encode()), layer))
-        scale = 1.0 / math.sqrt(param.fan_in or param.shape[-1])
-        drawn = rng.standard_normal(shape, np.float32) if param.init == "normal" else rng.uniform(-1, 1, shape)
-        return (scale * drawn).astype(param.dtype)
-
     placed = dict(named_leaves(shardings(declared, mesh, rules)))
     return map_named(lambda name, param: one(name, param, placed[name]), declared)
+
+
+def draw(name: str, param: Param, seed: int, layer: int | None = None) -> np.ndarray:
+    """The initial values of a parameter, or of one layer of a stacked one, in the dtype it is kept in."""
+    shape = param.shape if layer is None else param.shape[1:]
+    if param.init in ("zeros", "ones"):
+        return np.full(shape, param.init == "ones", param.dtype)
+    rng = np.random.default_rng((seed, zlib.crc32(name.encode()), layer or 0))
+    scale = 1.0 / math.sqrt(param.fan_in or param.shape[-1])
+    drawn = rng.standard_normal(shape, np.float32) if param.init == "normal" else rng.uniform(-1, 1, shape)
+    return (scale * drawn).astype(param.dtype)
 
 
 def count(declared: Any) -> int:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mmrlhf_jax.benchmarks.models import pinned_config
 from mmrlhf_jax.benchmarks.workload import (
     ANSWERS,
     PICTURES,
     TEXT,
     as_pairs,
     mix_cases,
-    model_config,
     random_group,
     ranked_case,
 )
 
-CONFIG = model_config(layers=2, embed=128, vocab=512, tower_layers=1)
+CONFIG = pinned_config(decoder_layers=2, embed=128, vocab=512, tower_layers=1)
 
 
 def test_mm_rlhf_s_46_groups_hold_170_pairs_among_the_responses_they_name():

@@ -4,6 +4,9 @@ trainer that forwards every pair as two full sequences.
 Matrix products only, 2mnk each; norms, softmax and the optimizer are left out, as is usual for "model FLOPs" (PaLM,
 arXiv 2204.02311, appendix B). A product that trains costs three forwards (its value, the gradients of its input and of
 its weight); one that gradients only pass through costs two; a frozen tower costs one, since nothing below it trains.
+
+`group_parts` also counts bytes: the least that must pass through memory where each part reads its inputs and weights
+once, writes its results once and keeps everything between two matrix products on chip.
 """
 
 from __future__ import annotations
@@ -95,7 +98,7 @@ def pairs_flops(
 ) -> Flops:
     """The same preferences one by one: pictures, prompt and answer anew for both answers of every pair (`pairs` are
     indices into the responses), the shorter answer padded to the longer. `every_position`: logits of prompts, too, as
-    TRL 1.16 computes them and drops them; without it those of answers only."""
+    TRL 1.16 computes them on CPUs and drops them; without it those of answers only, as it does on GPUs."""
     total = Flops()
     for pair in pairs:
         lengths = [shape.responses[k] for k in pair]
@@ -109,11 +112,93 @@ def pairs_flops(
     return total
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Floating-point operations, and bytes read from and written to memory."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of one activation, of one weight as it is kept, and of one weight's gradient (0: weights do not train)."""
+
+    activation: int
+    weight: int
+    gradient: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of the step costs: its forward pass, and with the gradients of its inputs and of what trains."""
+
+    forward: Cost
+    both: Cost
+
+
+def group_parts(config: LlavaOnevisionConfig, shape: GroupShape, widths: Widths, tower_weight: int) -> dict[str, Part]:
+    """The useful work of one group by part, tower frozen; the FLOPs add up to those of `group_flops`.
+
+    `tower_weight`: bytes of one of the tower's weights. Recomputation is not counted. `widths.gradient` 0: nothing
+    trains here but adapters, which count as none.
+    """
+    d, t, act = config.decoder, config.tower, widths.activation
+    prompt, answers = shape.prompt, sum(shape.responses)
+    scored = answers if shape.scored is None else shape.scored
+    patches = shape.tiles * config.tokens_per_tile
+    tile = t.layers * (12 * t.embed + 2 * t.mlp)  # values a patch brings to and takes from the products of all blocks
+    tower = Cost(shape.tiles * tile_flops(t), patches * tile * act + _tower_weights(t) * tower_weight)
+    # a token: norm in, q, k, v out; attention in, sum out; norm in, gate and up out, both in, sum out
+    linear = d.layers * (4 * d.embed + 2 * (d.heads + d.kv_heads) * d.head_dim + 4 * d.mlp) * act
+    queries, keys = (2 * d.layers * heads * d.head_dim * act for heads in (d.heads, d.kv_heads))
+    taps = 5 * prompt + 2 * answers  # four rows in and one out; a token's row in and out
+    lookup = d.vocab * d.embed * widths.gradient  # the table's gradient is dense
+    across = sum(_attention(d, r, prompt, False) for r in shape.responses)
+    weights = token_flops(d) / 2
+    return {
+        "tower": Part(tower, tower),
+        "projector and taps": _part(
+            _projector(config, shape.tiles),
+            (patches * (t.embed + 3 * d.embed) + taps * d.embed) * act,
+            d.embed * (t.embed + d.embed),
+            widths,
+            also=lookup,
+        ),
+        "prompt, linear": _part(prompt * token_flops(d), prompt * linear, weights, widths),
+        "prompt, attention": _through(_attention(d, prompt, 0, False), prompt * (queries + keys)),
+        "responses, attention": _through(across, answers * queries + (prompt + answers) * keys),
+        "responses, linear": _part(answers * token_flops(d), answers * linear, weights, widths),
+        "log-probs": _part(_head(config, scored), scored * d.embed * act, d.vocab * d.embed, widths),
+    }
+
+
+def _part(flops: float, moved: float, weights: float, widths: Widths, *, also: float = 0.0) -> Part:
+    """Products with `weights`: backward one more product for the inputs and, where they train, one for the weights.
+    `moved`: bytes of activations; `also`: further bytes of gradients."""
+    products = 2 if widths.gradient else 1
+    forward = Cost(flops, moved + weights * widths.weight)
+    backward = Cost(products * flops, products * moved + weights * (widths.weight + widths.gradient) + also)
+    return Part(forward, forward + backward)
+
+
+def _through(flops: float, moved: float) -> Part:
+    """Attention: no weights; backward reads what forward read and wrote, and the slope, and writes three gradients."""
+    return Part(Cost(flops, moved), Cost(3 * flops, 3 * moved))
+
+
 def tile_flops(config: SiglipConfig) -> float:
     """One tile through the vision tower."""
     n, embed = config.grid**2, config.embed
-    linear = 2 * n * (4 * embed**2 + 2 * embed * config.mlp)
-    return config.layers * (linear + 4 * n * n * embed) + 2 * n * 3 * config.patch_size**2 * embed
+    return 2 * n * _tower_weights(config) + config.layers * 4 * n * n * embed
+
+
+def _tower_weights(config: SiglipConfig) -> float:
+    block = 4 * config.embed**2 + 2 * config.embed * config.mlp
+    return config.layers * block + 3 * config.patch_size**2 * config.embed
 
 
 def token_flops(config: Qwen2Config) -> float:
@@ -129,14 +214,22 @@ def _attention(config: Qwen2Config, queries: int, before: int, square: bool) -> 
 
 
 def _forward(config: LlavaOnevisionConfig, tiles: int, tokens: int, scored: int, attention: float) -> Flops:
-    width, inner = config.decoder.embed, config.tower.embed
     return Flops(
         tower=tiles * tile_flops(config.tower),
-        projector=tiles * config.tokens_per_tile * 2 * width * (inner + width),
+        projector=_projector(config, tiles),
         linear=tokens * token_flops(config.decoder),
         attention=attention,
-        head=scored * 2 * width * config.decoder.vocab,
+        head=_head(config, scored),
     )
+
+
+def _projector(config: LlavaOnevisionConfig, tiles: int) -> float:
+    width, inner = config.decoder.embed, config.tower.embed
+    return tiles * config.tokens_per_tile * 2 * width * (inner + width)
+
+
+def _head(config: LlavaOnevisionConfig, scored: int) -> float:
+    return scored * 2 * config.decoder.embed * config.decoder.vocab
 
 
 def _with_gradients(

@@ -74,34 +74,54 @@ def picture_features(
     params: LlavaOnevision, config: LlavaOnevisionConfig, tiles: jax.Array, compute: Compute
 ) -> jax.Array:
     """tiles u8 [N, I, H, W, 3] -> [N, I * tokens_per_tile + 1, D]: every patch of every tile, then the newline."""
+    if tiles.shape[1] == 0:
+        return _newline(params, len(tiles), jnp.dtype(compute.dtype))
+    return project_features(params, tower_features(params, config, tiles, compute))
+
+
+def tower_features(
+    params: LlavaOnevision, config: LlavaOnevisionConfig, tiles: jax.Array, compute: Compute
+) -> jax.Array:
+    """tiles u8 [N, I, H, W, 3], I > 0 -> [N, I, tokens_per_tile, D_tower]."""
     n, i = tiles.shape[:2]
-    dtype = jnp.dtype(compute.dtype)
-    newline = jnp.broadcast_to(params.newline.astype(dtype), (n, 1, config.decoder.embed))
-    if i == 0:
-        return newline
     pixels = tiles.reshape(n * i, *tiles.shape[2:]).astype(jnp.float32) / 255
     pixels = (pixels - jnp.asarray(config.pixel_mean)) / jnp.asarray(config.pixel_std)
-    x = siglip.encode(params.tower, config.tower, pixels.astype(dtype), rung=compute.remat)
+    x = siglip.encode(params.tower, config.tower, pixels.astype(jnp.dtype(compute.dtype)), rung=compute.remat)
+    return x.reshape(n, i, *x.shape[1:])
+
+
+def project_features(params: LlavaOnevision, features: jax.Array) -> jax.Array:
+    """The tower's features [N, I, T, D_tower] as decoder inputs [N, I * T + 1, D], the newline last."""
+    n, i, t, _ = features.shape
+    x = features.reshape(n * i, t, -1)
     with jax.named_scope("projector"):
-        w = jax.tree.map(lambda p: p.astype(dtype), params.projector)
+        w = jax.tree.map(lambda p: p.astype(x.dtype), params.projector)
         x = jax.nn.gelu(project("ite,ed->itd", x, w.in_kernel) + w.in_bias, approximate=False)
         x = project("itd,de->ite", x, w.out_kernel) + w.out_bias
-    x = constrain(x.reshape(n, i * config.tokens_per_tile, -1), BATCH_AXES, None, None)
-    return jnp.concatenate([x, newline], axis=1)
+    x = constrain(x.reshape(n, i * t, -1), BATCH_AXES, None, None)
+    return jnp.concatenate([x, _newline(params, n, x.dtype)], axis=1)
+
+
+def _newline(params: LlavaOnevision, rows: int, dtype: Any) -> jax.Array:
+    return jnp.broadcast_to(params.newline.astype(dtype), (rows, 1, params.newline.shape[-1]))
 
 
 def embed(params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute) -> jax.Array:
     """Decoder inputs [N, P+S, D]: token embeddings, with picture features where a prompt slot has taps."""
     dtype = jnp.dtype(compute.dtype)
     x = qwen2.embed(params.decoder, batch.token, dtype)
-    rows = picture_features(params, config, batch.tiles, compute)
+    return with_pictures(x, picture_features(params, config, batch.tiles, compute), batch)
+
+
+def with_pictures(x: jax.Array, rows: jax.Array, batch: GroupBatch) -> jax.Array:
+    """Token embeddings x [N, P+S, D] with `rows`, as `picture_features` gives them, mixed in where there are taps."""
     p = batch.tap_index.shape[1]
 
     def tap(t: int) -> jax.Array:  # one at a time: four copies of the prompt would be the step's largest temporary
         picked = jnp.take_along_axis(rows, batch.tap_index[:, :, t, None], axis=1)
         return picked.astype(jnp.float32) * batch.tap_weight[:, :, t, None]
 
-    picture = (tap(0) + tap(1) + tap(2) + tap(3)).astype(dtype)
+    picture = (tap(0) + tap(1) + tap(2) + tap(3)).astype(x.dtype)
     is_picture = jnp.any(batch.tap_weight != 0, axis=-1, keepdims=True)
     prompt = jnp.where(is_picture, picture, x[:, :p])
     return constrain(jnp.concatenate([prompt, x[:, p:]], axis=1), BATCH_AXES, None, None)

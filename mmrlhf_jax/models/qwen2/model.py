@@ -95,15 +95,22 @@ def decode(
     rung: RematRung = "full",
 ) -> jax.Array:
     """Embeddings x [B, P+S, D] of a group -> final hidden states [B, P+S, D], normalised, in x's dtype."""
+    attend = partial(group_attention, backend=backend, platform=platform)
+    with jax.named_scope("qwen2"):
+        return rms_norm(run_layers(params, config, x, rule, attend, rung=rung), params.norm, config.norm_eps)
+
+
+def run_layers(
+    params: Qwen2, config: Qwen2Config, x: jax.Array, rule: GroupRule, attend: Callable[..., jax.Array], *,
+    rung: RematRung,
+) -> jax.Array:  # fmt: skip
+    """x [B, T, D] through every layer, `attend(q, k, v, rule=rule)` being what its attention does."""
 
     def forward(layer: Layer, x: jax.Array, rule: GroupRule) -> jax.Array:
-        attend = partial(group_attention, rule=rule, backend=backend, platform=platform)
-        return _layer(layer, config, x, rule.position, attend)[0]
+        return _layer(layer, config, x, rule.position, partial(attend, rule=rule))[0]
 
-    with jax.named_scope("qwen2"):
-        layer = remat(forward, rung)
-        x, _ = jax.lax.scan(lambda x, weights: (layer(weights, x, rule), None), x, params.layers)
-        return rms_norm(x, params.norm, config.norm_eps)
+    layer = remat(forward, rung)
+    return jax.lax.scan(lambda x, weights: (layer(weights, x, rule), None), x, params.layers)[0]
 
 
 def prefill(
