@@ -8,7 +8,15 @@ import pytest
 
 from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
-from mmrlhf_jax.models.llava_onevision.cost import GroupShape, group_flops, pairs_flops, tile_flops, token_flops
+from mmrlhf_jax.models.llava_onevision.cost import (
+    GroupShape,
+    Widths,
+    group_flops,
+    group_parts,
+    pairs_flops,
+    tile_flops,
+    token_flops,
+)
 from mmrlhf_jax.models.qwen2.config import Qwen2Config
 from mmrlhf_jax.models.siglip.config import SiglipConfig
 
@@ -45,6 +53,37 @@ def test_what_trains_costs_three_forwards_and_what_gradients_pass_through_two():
     assert frozen.attention == trained.attention  # scores and values have no weights of their own
     assert group_flops(TINY, shape, tower=True).tower == 3 * trained.tower
     assert group_flops(TINY, shape, recompute=True).linear == trained.linear * 4 / 3
+
+
+def test_the_parts_of_a_group_add_up_to_it():
+    shape = GroupShape(2, 100, (10, 20), scored=25)
+    parts = group_parts(TINY, shape, Widths(2, 4, 4), tower_weight=2)
+    assert sum(part.both.flops for part in parts.values()) == pytest.approx(group_flops(TINY, shape).total)
+    whole = group_flops(TINY, shape, reference=True, tower=True)
+    assert sum(part.forward.flops for part in parts.values()) == pytest.approx(whole.reference)
+
+
+def test_bytes_by_hand():
+    shape = GroupShape(2, 100, (10, 20))
+    parts = group_parts(TINY, shape, Widths(2, 4, 4), tower_weight=2)
+    table, tokens = 512 * 64, 30
+    head = parts["log-probs"]
+    assert head.forward.bytes == tokens * 64 * 2 + table * 4
+    assert head.both.bytes == 3 * tokens * 64 * 2 + 2 * table * 4 + table * 4
+    queries, keys = 2 * 4 * 16 * 2, 2 * 2 * 16 * 2  # a token's in a layer: in and out
+    attention = parts["responses, attention"]
+    assert attention.forward.bytes == 2 * (tokens * queries + (100 + tokens) * keys)
+    assert attention.both.bytes == 3 * attention.forward.bytes
+
+
+def test_under_adapters_no_gradient_of_a_weight_is_computed_or_written():
+    shape = GroupShape(2, 100, (10, 20))
+    trained, frozen = (group_parts(TINY, shape, Widths(2, 2, gradient), tower_weight=2) for gradient in (4, 0))
+    linear = frozen["prompt, linear"]
+    assert linear.both.flops == 2 * linear.forward.flops
+    assert linear.both.bytes == 2 * linear.forward.bytes
+    assert frozen["prompt, attention"] == trained["prompt, attention"]
+    assert frozen["tower"] == trained["tower"]
 
 
 def test_a_frozen_tower_is_looked_through_once_for_policy_and_reference():
