@@ -1,6 +1,6 @@
 """The random models a step is timed on: their shapes, and directories that both sides load.
 
-Tensors are drawn and written one at a time, so that a 7B takes the host a few times its largest tensor: 7 GB.
+Tensors are drawn and written one at a time, so that a 7B takes the host about twice its largest tensor.
 """
 
 from __future__ import annotations

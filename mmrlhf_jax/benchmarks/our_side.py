@@ -14,6 +14,7 @@ from mmrlhf_jax.batch import Entry, GroupBatch, Totals, pack
 from mmrlhf_jax.benchmarks.ops import time_parts
 from mmrlhf_jax.benchmarks.sides import Settings
 from mmrlhf_jax.benchmarks.workload import Case, as_pairs, random_group
+from mmrlhf_jax.data.buckets import MULTIPLE
 from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn.sharding import MeshConfig, make_mesh, replicated
@@ -25,7 +26,7 @@ from mmrlhf_jax.training.setup import compute_of
 from mmrlhf_jax.training.state import partition, trains
 from mmrlhf_jax.training.step import Sums, make_accumulate, make_zero_sums, metric_names
 
-MULTIPLE = 64  # slots of our buckets; the training default of 128 serves attention kernels of accelerators
+CPU_MULTIPLE = 64  # slots of our buckets; the training default of 128 serves attention kernels of accelerators
 
 
 class OurSide:
@@ -71,10 +72,14 @@ class OurSide:
     def _packed(self, entries: list[Entry]) -> GroupBatch:
         one = entries[0].rendered  # all are of one size
         lengths = [len(branch.token) for branch in one.branches]
-        slots = _slots(max(lengths) if self._as_pairs else sum(lengths))
+        multiple = CPU_MULTIPLE if self._compute.platform == "cpu" else MULTIPLE
+        prompt, response = (
+            -(-tokens // multiple) * multiple
+            for tokens in (len(one.prompt), max(lengths) if self._as_pairs else sum(lengths))
+        )
         return pack(
             entries,
-            Bucket(len(entries), len(one.tiles), _slots(len(one.prompt)), slots),
+            Bucket(len(entries), len(one.tiles), prompt, response),
             self._totals,
             responses=len(lengths),
             tokens_per_tile=self._config.tokens_per_tile,
@@ -111,7 +116,3 @@ def _load(settings: Settings, recipe: Recipe, mesh: Any) -> tuple[Any, Any, Any]
     assert models.reference is not None
     policy = load_model(models.policy, mesh, rules, rates=recipe.optimizer.rates)
     return policy.config, policy.params, load_model(models.reference, mesh, rules, rates=INFERENCE).params
-
-
-def _slots(tokens: int) -> int:
-    return -(-tokens // MULTIPLE) * MULTIPLE

@@ -125,7 +125,8 @@ def draw(name: str, param: Param, seed: int, layer: int | None = None) -> np.nda
     rng = np.random.default_rng((seed, zlib.crc32(name.encode()), layer or 0))
     scale = 1.0 / math.sqrt(param.fan_in or param.shape[-1])
     drawn = rng.standard_normal(shape, np.float32) if param.init == "normal" else rng.uniform(-1, 1, shape)
-    return (scale * drawn).astype(param.dtype)
+    drawn *= scale  # in place: a large model's table is gigabytes
+    return drawn.astype(param.dtype, copy=False)
 
 
 def count(declared: Any) -> int:
