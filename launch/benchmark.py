@@ -1,6 +1,7 @@
 """Timings, side by side in one run.
 
-    python launch/benchmark.py step        one group step against separate pairs: our own, or with --against trl TRL's
+    python launch/benchmark.py step        one group step against separate pairs: our own, or with --against trl TRL's;
+                                           with --ops by part, beside what the machine allows
     python launch/benchmark.py generate    critiques on a shared prompt cache against transformers.generate
     python launch/benchmark.py attention   each attention backend that can serve here, beside XLA and the device's peak
     python launch/benchmark.py data        pictures a second from dataset to micro-batch, by worker processes

@@ -96,8 +96,17 @@ class Side:
                 "more memory than there is does; try a smaller case"
             ) from error
         if not done:
-            raise CommandError(f"the side {self.form!r} failed:\n{answer}")
+            raise CommandError(f"the side {self.form!r} {_how_it_failed(answer)}:\n{answer}")
         return answer
+
+
+def _how_it_failed(told: str) -> str:
+    if "RESOURCE_EXHAUSTED" in told or "OutOfMemoryError" in told:  # jax's and torch's words
+        return (
+            "ran out of the device's memory, which both sides share; try --lora-rank, --compute.remat full, "
+            "--against trl-default or a smaller case"
+        )
+    return "failed"
 
 
 def _serve(connection: Connection, form: Form) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from tiny import TINY
+from torchvision_shim import mend_torchvision
 
-from mmrlhf_jax.benchmarks import step
+from mmrlhf_jax.benchmarks import sides, step
 from mmrlhf_jax.benchmarks.step import Step, StepCompute, _compute, time_step
 from mmrlhf_jax.command import CommandError, UsageError
 from mmrlhf_jax.training.recipe import ComputeConfig
@@ -110,6 +111,18 @@ def test_sides_on_different_devices_are_refused(monkeypatch, tmp_path):
         pass
 
 
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ("XlaRuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating", "ran out of the device's memory"),
+        ("torch.OutOfMemoryError: CUDA out of memory.", "ran out of the device's memory"),
+        ("ValueError: a group does not fit", "failed"),
+    ],
+)
+def test_a_side_without_memory_is_told_from_one_that_failed(told, said):
+    assert sides._how_it_failed(told).startswith(said)
+
+
 @pytest.mark.parametrize("wrong", [{"lora_rank": -1}, {"repeats": 0}, {"mix_pairs": -1}])
 def test_a_command_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(UsageError, match=r"--lora-rank -1|--repeats and --pairs-at-once are at least 1"):
@@ -153,6 +166,7 @@ def test_trl_finds_the_same_loss_and_gradient_and_some_of_its_pairs_stand_for_al
 )
 def test_trl_agrees_under_lora_and_in_bf16(tmp_path, flags, room):
     pytest.importorskip("trl")
+    mend_torchvision()  # peft imports transformers' image code
     pytest.importorskip("peft")
     file = tmp_path / "figures.json"
     program = ROOT / "tests" / "benchmark_beside_torch.py"
