@@ -35,9 +35,11 @@ from mmrlhf_jax.models.llava_onevision.model import (
 from mmrlhf_jax.models.qwen2 import model as qwen2
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.attention import GroupRule, group_attention, response_attention
+from mmrlhf_jax.nn.compiler import compiler_options
 from mmrlhf_jax.nn.lora import is_adapter
 from mmrlhf_jax.nn.remat import remat
 from mmrlhf_jax.training.state import combine
+from mmrlhf_jax.training.step import rounded
 
 REFERENCE, SUM, STEP = "reference, forward", "sum of the parts", "the step itself"
 PASSES = ("forward", "both")
@@ -69,8 +71,8 @@ def time_parts(
     step has none. `batch` holds one group of `shape`; call under its mesh."""
     programs = _programs(combine(trainable, frozen), config, compute, batch)
     costs = part_costs(config, shape, compute, combine(trainable, frozen), trainable, reference)
-    taken = {name: _time(program, trainable, frozen, repeats) for name, program in programs.items()}
-    forward = jax.jit(lambda reference, batch: response_logps(reference, config, batch, compute).logp)
+    taken = {name: _time(program, trainable, frozen, compute, repeats) for name, program in programs.items()}
+    forward = _compiled(lambda reference, batch: response_logps(reference, config, batch, compute).logp, compute)
     taken[REFERENCE] = {"forward": _median(partial(forward, reference, batch), repeats), "both": None}
     return [_row(name, costs[name], seconds) for name, seconds in taken.items()]
 
@@ -82,12 +84,13 @@ def part_costs(
     trains = any(not is_adapter(name) for name, _ in nn_params.named_leaves(trainable))
     activation = jnp.dtype(compute.dtype).itemsize
 
-    def parts(tree: Any, gradient: int) -> dict[str, Part]:
-        widths = Widths(activation, tree.decoder.norm.dtype.itemsize, gradient)
+    def parts(tree: Any, *gradients: int) -> dict[str, Part]:
+        widths = Widths(activation, tree.decoder.norm.dtype.itemsize, *gradients)
         return group_parts(config, shape, widths, tree.tower.position.dtype.itemsize)
 
-    forward = sum((part.forward for part in parts(reference, 0).values()), Cost())
-    return {**parts(policy, 4 if trains else 0), REFERENCE: Part(forward, forward)}
+    forward = sum((part.forward for part in parts(reference).values()), Cost())
+    # as the trainer: gradients of kernels in the compute dtype, of tables in fp32
+    return {**parts(policy, *((activation, 4) if trains else ())), REFERENCE: Part(forward, forward)}
 
 
 def _programs(policy: Any, config: LlavaOnevisionConfig, compute: Compute, batch: GroupBatch) -> dict[str, Program]:
@@ -146,7 +149,11 @@ def _unattended(q: jax.Array, k: jax.Array, v: jax.Array, *, rule: GroupRule) ->
     return q + jnp.repeat(k + v, q.shape[2] // k.shape[2], axis=2)
 
 
-def _time(program: Program, trainable: Any, frozen: Any, repeats: int) -> dict[str, float | None]:
+def _compiled(function: Callable[..., Any], compute: Compute) -> jax.stages.Wrapped:
+    return jax.jit(function, compiler_options=compiler_options(compute.platform, "step"))
+
+
+def _time(program: Program, trainable: Any, frozen: Any, compute: Compute, repeats: int) -> dict[str, float | None]:
     """Median seconds of each of PASSES."""
     trainable, frozen = (_only(tree, program.uses) for tree in (trainable, frozen))
     run, moving, fixed = program.run, program.moving, program.fixed
@@ -157,13 +164,16 @@ def _time(program: Program, trainable: Any, frozen: Any, repeats: int) -> dict[s
     def loss(trainable: Any, moving: Any, frozen: Any, fixed: Any, slope: jax.Array) -> jax.Array:
         return jnp.sum(forward(trainable, frozen, moving, fixed) * slope, dtype=jnp.float32)
 
-    once = partial(jax.jit(forward), trainable, frozen, moving, fixed)
+    def gradients(trainable: Any, *rest: Any) -> Any:
+        # with the value, without which no forward pass would be needed where the backward pass repeats it
+        return jax.value_and_grad(loss, (0, 1))(rounded(trainable, compute.dtype), *rest)
+
+    once = partial(_compiled(forward, compute), trainable, frozen, moving, fixed)
     seconds: dict[str, float | None] = {"forward": _median(once, repeats), "both": None}
     if program.backward:
         out = jax.eval_shape(once)
         slope = _normal(*out.shape, dtype=out.dtype)
-        # with the value, without which no forward pass would be needed where the backward pass repeats it
-        both = partial(jax.jit(jax.value_and_grad(loss, (0, 1))), trainable, moving, frozen, fixed, slope)
+        both = partial(_compiled(gradients, compute), trainable, moving, frozen, fixed, slope)
         seconds["both"] = _median(both, repeats)
     return seconds
 

@@ -57,7 +57,7 @@ def test_what_trains_costs_three_forwards_and_what_gradients_pass_through_two():
 
 def test_the_parts_of_a_group_add_up_to_it():
     shape = GroupShape(2, 100, (10, 20), scored=25)
-    parts = group_parts(TINY, shape, Widths(2, 4, 4), tower_weight=2)
+    parts = group_parts(TINY, shape, Widths(2, 4, 2, 4), tower_weight=2)
     assert sum(part.both.flops for part in parts.values()) == pytest.approx(group_flops(TINY, shape).total)
     whole = group_flops(TINY, shape, reference=True, tower=True)
     assert sum(part.forward.flops for part in parts.values()) == pytest.approx(whole.reference)
@@ -65,7 +65,7 @@ def test_the_parts_of_a_group_add_up_to_it():
 
 def test_bytes_by_hand():
     shape = GroupShape(2, 100, (10, 20))
-    parts = group_parts(TINY, shape, Widths(2, 4, 4), tower_weight=2)
+    parts = group_parts(TINY, shape, Widths(2, 4, 2, 4), tower_weight=2)
     table, tokens = 512 * 64, 30
     head = parts["log-probs"]
     assert head.forward.bytes == tokens * 64 * 2 + table * 4
@@ -78,7 +78,9 @@ def test_bytes_by_hand():
 
 def test_under_adapters_no_gradient_of_a_weight_is_computed_or_written():
     shape = GroupShape(2, 100, (10, 20))
-    trained, frozen = (group_parts(TINY, shape, Widths(2, 2, gradient), tower_weight=2) for gradient in (4, 0))
+    trained, frozen = (
+        group_parts(TINY, shape, Widths(2, 2, gradient, gradient), tower_weight=2) for gradient in (4, 0)
+    )
     linear = frozen["prompt, linear"]
     assert linear.both.flops == 2 * linear.forward.flops
     assert linear.both.bytes == 2 * linear.forward.bytes

@@ -125,11 +125,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class Widths:
-    """Bytes of one activation, of one weight as it is kept, and of one weight's gradient (0: weights do not train)."""
+    """Bytes of one activation, of one weight as it is kept, and of one value of the gradients of kernels and of the
+    token table (0: they do not train)."""
 
     activation: int
     weight: int
     gradient: int = 0
+    table_gradient: int = 0
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def group_parts(config: LlavaOnevisionConfig, shape: GroupShape, widths: Widths,
     linear = d.layers * (4 * d.embed + 2 * (d.heads + d.kv_heads) * d.head_dim + 4 * d.mlp) * act
     queries, keys = (2 * d.layers * heads * d.head_dim * act for heads in (d.heads, d.kv_heads))
     taps = 5 * prompt + 2 * answers  # four rows in and one out; a token's row in and out
-    lookup = d.vocab * d.embed * widths.gradient  # the table's gradient is dense
+    lookup = d.vocab * d.embed * widths.table_gradient  # dense
+    unembedding = dataclasses.replace(widths, gradient=widths.table_gradient)
     across = sum(_attention(d, r, prompt, False) for r in shape.responses)
     weights = token_flops(d) / 2
     return {
@@ -172,7 +175,7 @@ def group_parts(config: LlavaOnevisionConfig, shape: GroupShape, widths: Widths,
         "prompt, attention": _through(_attention(d, prompt, 0, False), prompt * (queries + keys)),
         "responses, attention": _through(across, answers * queries + (prompt + answers) * keys),
         "responses, linear": _part(answers * token_flops(d), answers * linear, weights, widths),
-        "log-probs": _part(_head(config, scored), scored * d.embed * act, d.vocab * d.embed, widths),
+        "log-probs": _part(_head(config, scored), scored * d.embed * act, d.vocab * d.embed, unembedding),
     }
 
 
