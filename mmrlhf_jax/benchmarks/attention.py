@@ -106,7 +106,7 @@ def time_case(case: Case, platform: str, dtype: str, peak: float, repeats: int, 
     programs: dict[str, dict[str, Callable[[], Any]]] = {}
     results: dict[str, Any] = {}
     for name in BACKENDS:
-        if problem := backend_problem(name, platform, case.prompt, HEADS[case.model][2]):
+        if problem := backend_problem(name, platform, case.prompt, HEADS[case.model][2], dtype):
             backends[name] = {"problem": problem}
             continue
         made = _programs(name, platform, arrays, rule)

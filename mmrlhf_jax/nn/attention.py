@@ -41,11 +41,14 @@ class GroupRule:
     prompt: int = struct.field(pytree_node=False)
 
 
-def backend_problem(backend: Backend, platform: str, prompt: int, head_dim: int) -> str | None:
-    """Why `backend` cannot serve prompts of `prompt` slots on `platform` ("cpu", "gpu", "tpu"); None if it can."""
+def backend_problem(backend: Backend, platform: str, prompt: int, head_dim: int, dtype: str) -> str | None:
+    """Why `backend` cannot serve prompts of `prompt` slots in `dtype` on `platform` ("cpu", "gpu", "tpu"); None if it
+    can."""
     if backend == "cudnn":
         if platform != "gpu":
             return f"cudnn attention needs a GPU, this is {platform}"
+        if dtype not in ("bfloat16", "float16"):
+            return f"cudnn attention serves bfloat16 and float16, not {dtype}"
         if head_dim % 8 or head_dim > 128:
             return f"cudnn attention serves head sizes that are multiples of 8 up to 128, not {head_dim}"
     if backend == "splash":
@@ -56,16 +59,17 @@ def backend_problem(backend: Backend, platform: str, prompt: int, head_dim: int)
     return None
 
 
-def choose_backend(asked: Backend, platform: str, prompt: int, head_dim: int) -> Backend:
+def choose_backend(asked: Backend, platform: str, prompt: int, head_dim: int, dtype: str) -> Backend:
     """The backend that runs: the one asked for, or for "auto" the first that serves of the platform's list.
 
     Raises ValueError naming the reason when a backend asked for by name cannot serve.
     """
     if asked != "auto":
-        if problem := backend_problem(asked, platform, prompt, head_dim):
+        if problem := backend_problem(asked, platform, prompt, head_dim, dtype):
             raise ValueError(f"attention backend {asked!r}: {problem}; ask for 'auto' or 'xla'")
         return asked
-    return next(b for b in _ORDER.get(platform, ("xla",)) if backend_problem(b, platform, prompt, head_dim) is None)
+    order = _ORDER.get(platform, ("xla",))
+    return next(b for b in order if backend_problem(b, platform, prompt, head_dim, dtype) is None)
 
 
 def group_attention(
@@ -76,7 +80,7 @@ def group_attention(
     Rows of padding hold finite garbage. Softmax in fp32.
     """
     p = rule.prompt
-    backend = choose_backend(backend, platform, p, q.shape[-1])
+    backend = choose_backend(backend, platform, p, q.shape[-1], q.dtype.name)
     if backend == "xla":
         return _blocked(q, k, v, rule, 0)
     if backend == "cudnn":

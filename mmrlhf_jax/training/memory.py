@@ -190,8 +190,9 @@ def _working_decoder_layer(
     d = config.decoder
     again = 3 * d.heads * d.head_dim + 4 * d.kv_heads * d.head_dim + 3 * d.mlp
     values = local.groups * local.tokens * (2 * again * local.value / local.tensor + d.embed * (4 * local.value + 12))
-    exact = choose_backend(recipe.compute.attention, platform, bucket.prompt, d.head_dim) == "xla"
-    queries = min(QUERY_BLOCK, max(bucket.response, bucket.prompt if exact else 0))
+    compute = recipe.compute
+    backend = choose_backend(compute.attention, platform, bucket.prompt, d.head_dim, compute.dtype)
+    queries = min(QUERY_BLOCK, max(bucket.response, bucket.prompt if backend == "xla" else 0))
     # of a block of queries, scores and their gradients, fp32, and the weights that are kept of the others
     scores = local.groups * local.tokens * d.heads * (8 * queries) / local.tensor + _weights_kept(config, bucket, local)
     return values + scores

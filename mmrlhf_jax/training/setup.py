@@ -177,4 +177,4 @@ def compute_of(recipe: Recipe, mesh: Mesh, *, platform: str | None = None) -> Co
 
 def attention_of(compute: Compute, config: LlavaOnevisionConfig, bucket: Bucket) -> str:
     """The backend that serves a bucket's prompts. Raises ValueError when the one asked for cannot."""
-    return choose_backend(compute.attention, compute.platform, bucket.prompt, config.decoder.head_dim)
+    return choose_backend(compute.attention, compute.platform, bucket.prompt, config.decoder.head_dim, compute.dtype)
