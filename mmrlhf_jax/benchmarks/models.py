@@ -106,6 +106,8 @@ def _random(item: Expected, seed: int, dtype: str) -> Outgoing:
 
 
 def _values(item: Expected, seed: int, dtype: str) -> np.ndarray:
+    if item.key.ours.startswith("tower."):
+        seed = 0  # the tower is frozen: policy and reference have the same one, as in training
     drawn = nn_params.draw(item.key.ours, item.param, seed, item.layer)
     return item.key.export_array(drawn.astype(DTYPES[dtype], copy=False))
 

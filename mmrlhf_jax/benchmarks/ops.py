@@ -69,26 +69,31 @@ def time_parts(
 ) -> list[dict[str, Any]]:
     """Of each part, then of the reference's forward: FLOPs, bytes and median seconds of PASSES, a pass None where the
     step has none. `batch` holds one group of `shape`; call under its mesh."""
-    programs = _programs(combine(trainable, frozen), config, compute, batch)
-    costs = part_costs(config, shape, compute, combine(trainable, frozen), trainable, reference)
+    policy = combine(trainable, frozen)
+    programs = _programs(policy, config, compute, batch)
+    costs = part_costs(config, shape, compute, policy, trainable, reference)
     taken = {name: _time(program, trainable, frozen, compute, repeats) for name, program in programs.items()}
-    forward = _compiled(lambda reference, batch: response_logps(reference, config, batch, compute).logp, compute)
-    taken[REFERENCE] = {"forward": _median(partial(forward, reference, batch), repeats), "both": None}
+    forward = _compiled(lambda tree, batch, seen: response_logps(tree, config, batch, compute, seen).logp, compute)
+    seen = None  # by the policy's tower, which then is the reference's
+    if reference.tower is None:
+        seen = _compiled(lambda tree, tiles: tower_features(tree, config, tiles, compute), compute)(policy, batch.tiles)
+    taken[REFERENCE] = {"forward": _median(partial(forward, reference, batch, seen), repeats), "both": None}
     return [_row(name, costs[name], seconds) for name, seconds in taken.items()]
 
 
 def part_costs(
     config: LlavaOnevisionConfig, shape: GroupShape, compute: Compute, policy: Any, trainable: Any, reference: Any
 ) -> dict[str, Part]:
-    """`group_parts` in the dtypes of the trees, and a reference's forward pass."""
+    """`group_parts` in the dtypes of the trees, and a reference's forward pass, which leaves a shared tower out."""
     trains = any(not is_adapter(name) for name, _ in nn_params.named_leaves(trainable))
     activation = jnp.dtype(compute.dtype).itemsize
 
     def parts(tree: Any, *gradients: int) -> dict[str, Part]:
         widths = Widths(activation, tree.decoder.norm.dtype.itemsize, *gradients)
-        return group_parts(config, shape, widths, tree.tower.position.dtype.itemsize)
+        return group_parts(config, shape, widths, policy.tower.position.dtype.itemsize)
 
-    forward = sum((part.forward for part in parts(reference).values()), Cost())
+    again = {name: part.forward for name, part in parts(reference).items() if name != "tower" or reference.tower}
+    forward = sum(again.values(), Cost())
     # as the trainer: gradients of kernels in the compute dtype, of tables in fp32
     return {**parts(policy, *((activation, 4) if trains else ())), REFERENCE: Part(forward, forward)}
 

@@ -23,7 +23,7 @@ from mmrlhf_jax.training.model import load_adapters, load_model
 from mmrlhf_jax.training.recipe import INFERENCE, LoraConfig, Recipe
 from mmrlhf_jax.training.runtime import set_up_jax, to_devices
 from mmrlhf_jax.training.setup import compute_of
-from mmrlhf_jax.training.state import partition, trains
+from mmrlhf_jax.training.state import partition, sharing_tower, trains
 from mmrlhf_jax.training.step import Sums, make_accumulate, make_zero_sums, metric_names
 
 CPU_MULTIPLE = 64  # slots of our buckets; the training default of 128 serves attention kernels of accelerators
@@ -107,12 +107,13 @@ class OurSide:
 
 
 def _load(settings: Settings, recipe: Recipe, mesh: Any) -> tuple[Any, Any, Any]:
-    """Configuration, policy and reference, which is the policy's own base under LoRA."""
+    """Configuration, policy and reference, which is the policy's own base under LoRA; one tower for both."""
     models, rules = settings.models, recipe.sharding
     if models.adapter is not None:
         adapted = load_adapters(models.adapter, mesh, rules, rates=INFERENCE)
         assert adapted is not None
-        return adapted.config, adapted.params, lora.strip(adapted.params)
+        return adapted.config, adapted.params, sharing_tower(recipe, lora.strip(adapted.params))
     assert models.reference is not None
     policy = load_model(models.policy, mesh, rules, rates=recipe.optimizer.rates)
-    return policy.config, policy.params, load_model(models.reference, mesh, rules, rates=INFERENCE).params
+    reference = load_model(models.reference, mesh, rules, rates=INFERENCE).params
+    return policy.config, policy.params, sharing_tower(recipe, reference)

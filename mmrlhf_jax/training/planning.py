@@ -29,6 +29,7 @@ from mmrlhf_jax.training.state import (
     loading_rates,
     make_optimizer,
     partition,
+    sharing_tower,
     state_shardings,
     trains,
     with_dtypes,
@@ -98,9 +99,10 @@ def abstract_run(recipe: Recipe, config: LlavaOnevisionConfig, mesh: AnyMesh) ->
     lends = recipe.reference == "lora_off" and recipe.objective.needs_reference
     reference = None
     if lends:
-        reference = lora.strip(combine(trainable, frozen))
+        reference = sharing_tower(recipe, lora.strip(combine(trainable, frozen)))
     elif recipe.reference == "online" and recipe.objective.needs_reference:
-        reference = nn_params.abstract(with_dtypes(bare, INFERENCE, recipe.compute.dtype), mesh, recipe.sharding)
+        copy = nn_params.abstract(with_dtypes(bare, INFERENCE, recipe.compute.dtype), mesh, recipe.sharding)
+        reference = sharing_tower(recipe, copy)
     return AbstractRun(state, sums, reference, lends)
 
 

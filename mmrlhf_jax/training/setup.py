@@ -36,6 +36,7 @@ from mmrlhf_jax.training.state import (
     loading_rates,
     make_optimizer,
     partition,
+    sharing_tower,
     state_shardings,
     trains,
 )
@@ -158,8 +159,8 @@ def reference_source(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState], Any]:
         return lambda state: None
     if recipe.reference == "lora_off":
         # asked for at every step: a step's state is donated to the next
-        return lambda state: lora.strip(combine(state.trainable, state.frozen))
-    copy = load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE).params
+        return lambda state: sharing_tower(recipe, lora.strip(combine(state.trainable, state.frozen)))
+    copy = sharing_tower(recipe, load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE).params)
     return lambda state: copy
 
 

@@ -52,6 +52,12 @@ def loading_rates(recipe: Recipe) -> PartRates:
     return dataclasses.replace(INFERENCE, head=rates.head) if recipe.lora.rank else rates
 
 
+def sharing_tower(recipe: Recipe, reference: Any) -> Any:
+    """`reference` as the step takes it: a tower that never moves is the policy's, and every picture is seen once for
+    both."""
+    return reference if recipe.optimizer.rates.tower else dataclasses.replace(reference, tower=None)
+
+
 def with_dtypes(declared: Tree, rates: PartRates, frozen: Mapping[str, str] | str) -> Tree:
     """Declarations with what trains in fp32 (in bf16, steps of 1e-6 round away) and what is frozen in the dtype
     `frozen` gives, by parameter name or for all."""

@@ -16,7 +16,7 @@ from flax import struct
 from mmrlhf_jax.batch import GroupBatch
 from mmrlhf_jax.models.critique_reward.model import scores, scores_and_logps
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
-from mmrlhf_jax.models.llava_onevision.model import Compute, branch_sums, response_logps
+from mmrlhf_jax.models.llava_onevision.model import Compute, branch_sums, response_logps, tower_features
 from mmrlhf_jax.nn.compiler import compiler_options
 from mmrlhf_jax.nn.params import map_named
 from mmrlhf_jax.nn.sharding import constrain
@@ -59,8 +59,8 @@ def loss_and_metrics(
     compute: Compute,
     objective: Objective,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Seen]]:
-    """Loss f32 [] and metrics of one micro-batch; `reference` is a model tree, or None when the batch brings
-    log-probs."""
+    """Loss f32 [] and metrics of one micro-batch; `reference` is a model tree, without a tower where the policy's
+    serves both, or None when the batch brings log-probs."""
     totals = StepTotals(
         pair_weight=batch.total_pairs,
         chosen_tokens=batch.total_chosen_tokens,
@@ -72,10 +72,13 @@ def loss_and_metrics(
         score = scores(params, config, batch, compute)
         loss, metrics = objective(_reward_inputs(score, None, batch, totals))
         return loss, ({"loss": loss, **metrics}, _seen(batch, _of_responses(score, batch)))
+    features = None  # of the tower, where policy and reference share one
+    if reference is not None and reference.tower is None and batch.tiles.shape[1]:
+        features = tower_features(params, config, batch.tiles, compute)
     if isinstance(objective, CritiqueReward):
         score, (logp, entropy) = scores_and_logps(params, config, batch, compute)
     else:
-        logp, entropy = response_logps(params, config, batch, compute)
+        logp, entropy = response_logps(params, config, batch, compute, features)
     scored = batch.loss_weight != 0
     logp = jnp.where(scored, logp, 0.0)  # padding may hold anything
     summed = branch_sums(batch.loss_weight * logp, batch)
@@ -87,7 +90,7 @@ def loss_and_metrics(
     else:
         reference_logp = batch.reference_logp
         if reference is not None:
-            reference_logp = jax.lax.stop_gradient(response_logps(reference, config, batch, compute).logp)
+            reference_logp = jax.lax.stop_gradient(response_logps(reference, config, batch, compute, features).logp)
         inputs = PreferenceInputs(
             logp=summed,
             reference_logp=branch_sums(jnp.where(scored, batch.loss_weight * reference_logp, 0.0), batch),

@@ -1,5 +1,8 @@
 """In bf16 a kernel's gradient comes in bf16, whatever else is fp32, and is the one that fp32 parameters would get."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,16 +14,19 @@ from mmrlhf_jax.batch import Bucket, pack
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.objectives import DPO
+from mmrlhf_jax.training.recipe import OptimizerConfig, PartRates, Recipe
+from mmrlhf_jax.training.state import combine, partition, sharing_tower
 from mmrlhf_jax.training.step import loss_and_metrics, multiplied_in_compute_dtype, rounded
 
 
-def gradients(dtype, round_first):
+@functools.cache
+def batch():
     rng = np.random.default_rng(0)
     entries = [
         random_groups.entry(rng, random_groups.rendered(rng, TINY, tiles=1, text=8, lengths=(5, 3, 6)), row)
         for row in range(2)
     ]
-    batch = pack(
+    return pack(
         entries,
         Bucket(2, 1, 24, 16),
         random_groups.totals(entries),
@@ -28,14 +34,18 @@ def gradients(dtype, round_first):
         tokens_per_tile=TINY.tokens_per_tile,
         tile_size=TINY.tower.image_size,
     )
+
+
+def loss(params, dtype, reference=None):
+    compute, objective = Compute(dtype=dtype), DPO(gamma=0.25)
+    return loss_and_metrics(
+        params, reference, batch(), jax.random.key(0), config=TINY, compute=compute, objective=objective
+    )[0]
+
+
+def gradients(dtype, round_first):
     params = jax.tree.map(jnp.asarray, random_params())
-
-    def loss(params):
-        return loss_and_metrics(
-            params, None, batch, jax.random.key(0), config=TINY, compute=Compute(dtype=dtype), objective=DPO(gamma=0.25)
-        )[0]
-
-    return jax.grad(loss)(rounded(params, dtype) if round_first else params)
+    return jax.grad(loss)(rounded(params, dtype) if round_first else params, dtype)
 
 
 def test_kernels_have_gradients_in_the_compute_dtype_and_tables_norms_and_biases_in_fp32():
@@ -59,3 +69,24 @@ def test_a_heads_kernel_is_read_in_fp32():
     assert not multiplied_in_compute_dtype("head.dense_kernel")
     assert not multiplied_in_compute_dtype("decoder.layers.query_kernel.a")
     assert multiplied_in_compute_dtype("decoder.layers.query_kernel")
+
+
+def test_a_reference_without_a_tower_sees_through_the_policys():
+    """Where the tower is frozen both have the same one: not a bit of loss or gradients changes."""
+    policy, reference = (jax.tree.map(jnp.asarray, random_params(seed=seed)) for seed in (0, 1))
+    reference = dataclasses.replace(reference, tower=policy.tower)
+    trainable, frozen = partition(policy, lambda name: not name.startswith("tower."))
+
+    def value(trainable, reference):
+        return loss(combine(trainable, frozen), "float32", reference)
+
+    apart = jax.value_and_grad(value)(trainable, reference)
+    shared = jax.value_and_grad(value)(trainable, sharing_tower(Recipe(), reference))
+    assert sharing_tower(Recipe(), reference).tower is None
+    jax.tree.map(np.testing.assert_array_equal, apart, shared)
+
+
+def test_a_tower_that_trains_is_not_shared():
+    reference = random_params(seed=1)
+    moving = Recipe(optimizer=OptimizerConfig(rates=PartRates(tower=1.0)))
+    assert sharing_tower(moving, reference) is reference

@@ -71,18 +71,25 @@ def declare(config: LlavaOnevisionConfig) -> LlavaOnevision:
 
 
 def picture_features(
-    params: LlavaOnevision, config: LlavaOnevisionConfig, tiles: jax.Array, compute: Compute
+    params: LlavaOnevision,
+    config: LlavaOnevisionConfig,
+    tiles: jax.Array,
+    compute: Compute,
+    features: jax.Array | None = None,
 ) -> jax.Array:
-    """tiles u8 [N, I, H, W, 3] -> [N, I * tokens_per_tile + 1, D]: every patch of every tile, then the newline."""
+    """tiles u8 [N, I, H, W, 3] -> [N, I * tokens_per_tile + 1, D]: every patch of every tile, then the newline.
+    `features`: those of `tower_features`, where another model with the same tower has seen these tiles."""
     if tiles.shape[1] == 0:
         return _newline(params, len(tiles), jnp.dtype(compute.dtype))
-    return project_features(params, tower_features(params, config, tiles, compute))
+    if features is None:
+        features = tower_features(params, config, tiles, compute)
+    return project_features(params, features)
 
 
 def tower_features(
     params: LlavaOnevision, config: LlavaOnevisionConfig, tiles: jax.Array, compute: Compute
 ) -> jax.Array:
-    """tiles u8 [N, I, H, W, 3], I > 0 -> [N, I, tokens_per_tile, D_tower]."""
+    """tiles u8 [N, I, H, W, 3] -> [N, I, tokens_per_tile, D_tower]."""
     n, i = tiles.shape[:2]
     pixels = tiles.reshape(n * i, *tiles.shape[2:]).astype(jnp.float32) / 255
     pixels = (pixels - jnp.asarray(config.pixel_mean)) / jnp.asarray(config.pixel_std)
@@ -106,11 +113,17 @@ def _newline(params: LlavaOnevision, rows: int, dtype: Any) -> jax.Array:
     return jnp.broadcast_to(params.newline.astype(dtype), (rows, 1, params.newline.shape[-1]))
 
 
-def embed(params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute) -> jax.Array:
+def embed(
+    params: LlavaOnevision,
+    config: LlavaOnevisionConfig,
+    batch: GroupBatch,
+    compute: Compute,
+    features: jax.Array | None = None,
+) -> jax.Array:
     """Decoder inputs [N, P+S, D]: token embeddings, with picture features where a prompt slot has taps."""
     dtype = jnp.dtype(compute.dtype)
     x = qwen2.embed(params.decoder, batch.token, dtype)
-    return with_pictures(x, picture_features(params, config, batch.tiles, compute), batch)
+    return with_pictures(x, picture_features(params, config, batch.tiles, compute, features), batch)
 
 
 def with_pictures(x: jax.Array, rows: jax.Array, batch: GroupBatch) -> jax.Array:
@@ -128,10 +141,14 @@ def with_pictures(x: jax.Array, rows: jax.Array, batch: GroupBatch) -> jax.Array
 
 
 def hidden_states(
-    params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
+    params: LlavaOnevision,
+    config: LlavaOnevisionConfig,
+    batch: GroupBatch,
+    compute: Compute,
+    features: jax.Array | None = None,
 ) -> jax.Array:
-    """Final normalised hidden states [N, P+S, D]."""
-    x = embed(params, config, batch, compute)
+    """Final normalised hidden states [N, P+S, D]; `features` as in `picture_features`."""
+    x = embed(params, config, batch, compute, features)
     rule = GroupRule(batch.position, batch.branch, batch.prompt_length, prompt=batch.tap_index.shape[1])
     return qwen2.decode(
         params.decoder,
@@ -154,10 +171,15 @@ def prefill(
 
 
 def response_logps(
-    params: LlavaOnevision, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
+    params: LlavaOnevision,
+    config: LlavaOnevisionConfig,
+    batch: GroupBatch,
+    compute: Compute,
+    features: jax.Array | None = None,
 ) -> TokenLogps:
-    """Log-probability f32 [N, S] of every response token given prompt and its own branch; padding holds garbage."""
-    return logps_of(params, hidden_states(params, config, batch, compute), batch, compute)
+    """Log-probability f32 [N, S] of every response token given prompt and its own branch; padding holds garbage.
+    `features` as in `picture_features`."""
+    return logps_of(params, hidden_states(params, config, batch, compute, features), batch, compute)
 
 
 def logps_of(params: LlavaOnevision, hidden: jax.Array, batch: GroupBatch, compute: Compute) -> TokenLogps:
