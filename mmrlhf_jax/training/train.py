@@ -37,6 +37,7 @@ from mmrlhf_jax.training.data import (
     with_reference,
 )
 from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, say
+from mmrlhf_jax.training.environment import note_environment
 from mmrlhf_jax.training.held_out import check_metric, make_evaluate
 from mmrlhf_jax.training.metrics import Clock, MetricsLog, check_log, open_log
 from mmrlhf_jax.training.model import model_fingerprint, with_fresh_adapters
@@ -122,6 +123,7 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     del start, params
     state = resume(checkpoints, state, shardings, position, whole=not lora)
     first_step = int(state.step)
+    note_environment(run, first_step, mesh)
     records += [record for record in read_lines(run.evaluation) if record["step"] <= first_step]
 
     # --- the compiled functions --------------------------------------------------------------------------------------

@@ -1,0 +1,195 @@
+"""Which of a run's numbers are drawn, in what order and how; and the table that compares where runs ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmrlhf_jax.report.charts import Chart, Line, line_chart
+from mmrlhf_jax.report.curves import curve
+from mmrlhf_jax.report.markup import Markup, element
+from mmrlhf_jax.report.runs import Log, Run, Series
+from mmrlhf_jax.report.scales import figure
+
+EVALUATED = "eval/"
+LAST_SHARE = 0.1  # of a run's steps, whose mean stands for its end: single steps are noisy
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A chart of one or two logged numbers. `sides` name the two: the first is drawn solid, the second dashed."""
+
+    title: str
+    names: tuple[str, ...]
+    sides: tuple[str, ...] = ("",)
+    note: str = ""
+    percent: bool = False
+    log: bool = False
+    mark: tuple[float, str] | None = None
+    within: tuple[float, ...] = ()
+
+
+BOTH = ("chosen", "rejected")
+SPECS: dict[str, tuple[Spec, ...]] = {
+    "Learning": (
+        Spec("Loss", ("loss",)),
+        Spec("Preference loss", ("loss/preference",), note="−log σ(β z), mean over pairs."),
+        Spec("NLL of the chosen", ("loss/nll",), note="A token's, mean."),
+        Spec("Bradley-Terry loss", ("loss/bradley_terry",), mark=(0.6931471805599453, "log 2: undecided")),
+        Spec("NLL of the critiques", ("loss/critique",), note="A token's, mean."),
+        Spec("Centring", ("loss/centre",), note="(s₁ + s₂)², mean over pairs."),
+        Spec("Ties", ("loss/tie",), note="(s₁ − s₂)², mean over tied pairs."),
+        Spec("Log-prob of a token", ("logps/token",)),
+    ),
+    "Preference": (
+        Spec("Reward accuracy", ("rewards/accuracies",), percent=True, mark=(0.5, "chance"), within=(0, 1)),
+        Spec("Reward margin", ("rewards/margins",), note="Chosen less rejected."),
+        Spec("Rewards", ("rewards/chosen", "rewards/rejected"), BOTH),
+        Spec("Log-probs", ("logps/chosen", "logps/rejected"), BOTH, note="Summed over a response."),
+        Spec("β", ("beta/mean",), note="Mean over pairs."),
+        Spec("Annotated margin", ("margin/mean",), note="Mean over the pairs of a step: what β follows."),
+        Spec("Length", ("length/chosen", "length/rejected"), BOTH, note="Tokens of a response.", within=(0,)),
+        Spec("Entropy", ("entropy",), note="Of the next token, in nats.", within=(0,)),
+    ),
+    "Optimizer and speed": (
+        Spec("Gradient norm", ("grad_norm",), log=True),
+        Spec("Update norm", ("update_norm",)),
+        Spec("Learning rate", ("learning_rate",), within=(0,)),
+        Spec("Throughput", ("tokens_per_second",), note="Tokens a second.", within=(0,)),
+        Spec("Groups a second", ("groups_per_second",), within=(0,)),
+        Spec("Step time", ("seconds", "seconds/data_wait"), ("all", "data"), "Seconds; data: waiting for it.", log=True),
+        Spec("Data wait", ("data_wait_share",), note="Of the step's time.", percent=True, within=(0,)),
+        Spec("Model FLOP utilisation", ("mfu",), percent=True, within=(0,)),
+        Spec("Model TFLOP a second", ("model_tflops_per_second",), within=(0,)),
+        Spec("Compiling", ("seconds/compile",), note="Seconds.", within=(0,)),
+    ),
+}
+UNDRAWN = {"pairs_per_second", "response_tokens_per_second"}  # the groups' rate times a constant of the data
+
+
+def derived(log: Log) -> Log:
+    """The log with the share of each step that went into waiting for data."""
+    if not {"seconds", "seconds/data_wait"} <= log.series.keys():
+        return log
+    whole, waited = log.series["seconds"], log.series["seconds/data_wait"]
+    if not np.array_equal(whole.step, waited.step):
+        return log
+    share = np.divide(waited.value, whole.value, out=np.full(len(whole.value), np.nan), where=whole.value > 0)
+    return Log(log.step, {**log.series, "data_wait_share": Series(whole.step, share)})
+
+
+def curve_grids(runs: Sequence[Run]) -> list[tuple[str, list[Markup]]]:
+    """(heading, charts) of everything the runs logged; a number that none has is left out, one we do not know is drawn
+    under its own name."""
+    logs = [derived(run.steps) for run in runs]
+    known = {name for specs in SPECS.values() for spec in specs for name in spec.names} | UNDRAWN
+    found = {name for log in logs for name in log.series} - known
+    groups = {**SPECS, "Other numbers": tuple(Spec(name, (name,)) for name in sorted(found))}
+    drawn = []
+    for heading, specs in groups.items():
+        charts = [chart for spec in specs if (chart := _chart(spec, runs, logs))]
+        if charts:
+            drawn.append((heading, [line_chart(chart) for chart in charts]))
+    return drawn
+
+
+def _chart(spec: Spec, runs: Sequence[Run], logs: Sequence[Log]) -> Chart | None:
+    several = len(runs) > 1
+    lines: list[Line] = []
+    for hue, (run, log) in enumerate(zip(runs, logs, strict=True)):
+        for side, (name, said) in enumerate(zip(spec.names, spec.sides, strict=True)):
+            trained, evaluated = log.series.get(name), run.evaluations.series.get(EVALUATED + name)
+            label = " ".join(filter(None, (key_of(hue) if several else "", said)))
+            tag = key_of(hue) if several else said
+            if trained is not None and (shown := curve(trained)):
+                lines.append(Line(label, tag, hue, shown, dashed=side == 1))
+            if evaluated is not None and (shown := curve(evaluated)):
+                lines.append(Line(f"{label} held-out".strip(), "", hue, shown, dots=True))
+    if not lines:
+        return None
+    if several and len(spec.names) > 1:
+        lines = [Line(x.label, "" if x.dashed else x.tag, x.hue, x.curve, x.dashed, x.dots) for x in lines]
+    return Chart(spec.title, lines, _note(spec, lines, several), spec.percent, spec.log, spec.mark, spec.within)
+
+
+def _note(spec: Spec, lines: Sequence[Line], several: bool) -> str:
+    notes = [spec.note]
+    if several and len(spec.names) > 1:
+        notes.append(f"Solid: {spec.sides[0]}, dashed: {spec.sides[1]}.")
+    if any(line.dots for line in lines):
+        notes.append("Circles: held-out groups.")
+    return " ".join(filter(None, notes))
+
+
+def key_of(hue: int) -> str:
+    """The letter that stands for a run."""
+    return "ABCDEFGH"[hue]
+
+
+def ended(log: Log, name: str) -> float:
+    """The mean of the finite values over the last tenth of a log's steps, NaN where there is none."""
+    series = log.series.get(name)
+    if series is None or not len(log):
+        return float("nan")
+    recent = log.step[-max(1, round(len(log) * LAST_SHARE)) :]
+    values = series.value[(series.step >= recent[0]) & np.isfinite(series.value)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+FINAL = (
+    ("Loss", "loss", False),
+    ("Reward accuracy", "rewards/accuracies", True),
+    ("Reward margin", "rewards/margins", False),
+    ("Log-prob, chosen", "logps/chosen", False),
+    ("Log-prob, rejected", "logps/rejected", False),
+    ("β", "beta/mean", False),
+    ("NLL of a token", "loss/nll", False),
+    ("NLL of the critiques", "loss/critique", False),
+    ("Tokens a second", "tokens_per_second", False),
+    ("Groups a second", "groups_per_second", False),
+    ("Step time, s", "seconds", False),
+    ("Data wait", "data_wait_share", True),
+    ("MFU", "mfu", True),
+)
+
+
+def final_table(runs: Sequence[Run]) -> Markup | None:
+    """Where every run ended: training's last tenth, and the held-out groups at the start, at their best and last. None
+    where nothing was logged."""
+    rows = [(title, [ended(derived(run.steps), name) for run in runs], percent) for title, name, percent in FINAL]
+    for title, name, percent in FINAL:
+        held = [run.evaluations.series.get(EVALUATED + name) for run in runs]
+        rows += [
+            (f"{title}, held-out, {when}", [pick(series) if series else float("nan") for series in held], percent)
+            for when, pick in (("first", _first), ("last", _last))
+        ]
+    rows = [row for row in rows if np.isfinite(row[1]).any()]
+    if not rows:
+        return None
+    head = element(
+        "tr",
+        element("th", "", scope="col"),
+        [element("th", _run_head(run, hue, len(runs)), scope="col") for hue, run in enumerate(runs)],
+    )
+    body = [
+        element(
+            "tr", element("th", title, scope="row"), [element("td", figure(value, percent=percent)) for value in values]
+        )
+        for title, values, percent in rows
+    ]
+    return element("table", element("thead", head), element("tbody", body), class_="figures")
+
+
+def _first(series: Series) -> float:
+    return float(series.value[0])
+
+
+def _last(series: Series) -> float:
+    return float(series.value[-1])
+
+
+def _run_head(run: Run, hue: int, count: int) -> Markup:
+    key = element("span", key_of(hue), class_=f"key r{hue}") if count > 1 else None
+    return element("span", key, " ", run.name)
