@@ -1,7 +1,7 @@
 """One self-contained HTML page about one run or several: curves, beta, calibration, answers, critiques, recipes.
 
     python launch/report.py RUN --output report.html
-    python launch/report.py RUN RUN --answers before=sft.jsonl after=mm_dpo.jsonl --dataset HELD_OUT --output report.html
+    python launch/report.py RUN RUN --answers before=sft.jsonl after=mm_dpo.jsonl --dataset HELD_OUT --output both.html
 
 The page loads nothing and holds no script. What there is nothing for is left out, with the command that would make it.
 A file of --answers is one that launch/generate.py wrote. Which of its claims are wrong stands, where somebody knows, in
@@ -26,9 +26,10 @@ from mmrlhf_jax.groups import Group
 from mmrlhf_jax.inference.prompts import read_prompts
 from mmrlhf_jax.report.answers import read_answers
 from mmrlhf_jax.report.datasets import find_datasets
-from mmrlhf_jax.report.page import GENERATOR, MOST_RUNS, Material, page
+from mmrlhf_jax.report.page import GENERATOR, MOST_RUNS, page
 from mmrlhf_jax.report.pictures import Album, Prompts, album
 from mmrlhf_jax.report.runs import read_runs
+from mmrlhf_jax.report.sections import Material
 
 HEAD_BYTES = 4096  # of a page, within which it names its generator
 FRAMES = 10  # of a video file, of which the middle one is shown
@@ -52,7 +53,7 @@ class Arguments:
     media: str | None = None
     """root of all picture and video paths in --input"""
     shown: int = 12
-    """prompts whose answers are shown, evenly spaced; half as many groups with critiques"""
+    """prompts whose answers are shown, drawn by a hash of their names; half as many groups with critiques"""
 
 
 def main() -> None:

@@ -196,7 +196,9 @@ def _wrong(raw: Any, text: str, where: str) -> tuple[Wrong, ...]:
     found: list[Wrong] = []
     for each in raw if isinstance(raw, list) else [raw]:
         if not isinstance(each, list) or len(each) not in (2, 3) or not all(map(_is_count, each[:2])):
-            raise ReportError(f"{where}: 'wrong' holds {json.dumps(each)[:40]}, not [start, end] or [start, end, right]")
+            raise ReportError(
+                f"{where}: 'wrong' holds {json.dumps(each)[:40]}, not [start, end] or [start, end, right]"
+            )
         start, end, right = (*each, "")[:3]
         if not isinstance(right, str):
             raise ReportError(f"{where}: 'wrong' says {json.dumps(right)[:40]} is right, which is not a string")

@@ -48,7 +48,7 @@ def rule_in_words(objective: Objective) -> str | None:
     match objective:
         case MMDPO(beta=beta, w=w, k=k):
             return (
-                f"β = {beta:g} (1 + {w:g} (1 − exp(−{k:g} d))), held in [{beta:g}, {figure((1 + w) * beta)}]; "
+                f"β = {beta:g} (1 + {w:g} (1 − exp(−{k:g} d))), held in [{beta:g}, {(1 + w) * beta:.4g}]; "
                 "d is the pair's margin, a negative one counts as 0"
             )
         case MMDPOReleasedFactor(beta=beta, w=w):
@@ -89,8 +89,8 @@ GAP = 14
 
 
 def beta_chart(rules: Sequence[Rule], margins: np.ndarray, title: str) -> Markup:
-    """The rules above, the distribution of `margins` f64 [pairs] below, one axis of margins for both. Every rule must be
-    decided by the margin."""
+    """The rules above, the distribution of `margins` f64 [pairs] below, one axis of margins for both. Every rule must
+    be decided by the margin."""
     bars = histogram(margins)
     x = Scale(min(0.0, float(bars.edge[0])), max(1e-9, float(bars.edge[-1])), LEFT, WIDTH - RIGHT)
     at = np.linspace(x.low, x.high, POINTS)
@@ -116,7 +116,7 @@ def beta_chart(rules: Sequence[Rule], margins: np.ndarray, title: str) -> Markup
             role="img",
             aria_label=f"{title}. {' '.join(words)} {_spread_in_words(margins)}",
         ),
-        element("p", [element("span", word, " ") for word in words], _spread_in_words(margins), class_="remark"),
+        element("p", _spread_in_words(margins), " ", _means(rules, margins), class_="remark"),
         details("β by margin as a table", _table(rules, bars)),
         class_="chart",
     )
@@ -136,6 +136,12 @@ def _spread_in_words(margins: np.ndarray) -> str:
     return said + (f" {negative:,} are negative." if negative else "")
 
 
+def _means(rules: Sequence[Rule], margins: np.ndarray) -> str:
+    means = [(rule, beta_of(rule.objective, margins)) for rule in rules]
+    said = (f"{_key(rule, rules)}{figure(float(beta.mean()))}" for rule, beta in means if beta is not None)
+    return f"Mean β over them: {', '.join(said)}."
+
+
 def _beta_axis(x: Scale, y: Scale) -> Markup:
     values = ticks(y.low, y.high, 5)
     step = values[1] - values[0]
@@ -149,9 +155,7 @@ def _beta_axis(x: Scale, y: Scale) -> Markup:
     return element("g", rows, element("text", "β", x=LEFT + 4, y=TOP + 4, class_="quiet"), class_="axes")
 
 
-def _tags(
-    rules: Sequence[Rule], curves: Sequence[np.ndarray | None], y: Scale, x: Scale
-) -> list[Markup]:
+def _tags(rules: Sequence[Rule], curves: Sequence[np.ndarray | None], y: Scale, x: Scale) -> list[Markup]:
     if len(rules) < 2:
         return []
     ends: dict[int, list[Rule]] = {}

@@ -92,13 +92,11 @@ def differences_of(scored: Judged, groups: Sequence[Group]) -> tuple[np.ndarray,
         found += [score[pair.chosen] - score[pair.rejected] for pair in group.pairs]
         listed = {frozenset((pair.chosen, pair.rejected)) for pair in group.pairs}
         rank = [response.rank for response in group.responses]
-        tied += sum(
-            rank[i] == rank[j] and frozenset((i, j)) not in listed for j in range(len(rank)) for i in range(j)
-        )
+        tied += sum(rank[i] == rank[j] and frozenset((i, j)) not in listed for j in range(len(rank)) for i in range(j))
     return np.array(found, float), tied
 
 
-SIDE, LEFT, TOP, COUNTS = 360, 46, 12, 54  # of the drawing: width, margins, height of the counts below
+SIDE, LEFT, TOP, COUNTS = 360, 46, 26, 54  # of the drawing: width, margins, height of the counts below
 PLOT = 210
 
 
@@ -121,24 +119,22 @@ def calibration_chart(found: Calibration, title: str, note: str, hue: int) -> Ma
 def _summary(found: Calibration) -> str:
     equal = f", {found.equal:,} of them with equal scores" if found.equal else ""
     return (
-        f"{found.pairs:,} pairs{equal}: agrees with the annotators in {figure(found.accuracy, percent=True)}, says "
+        f"{found.pairs:,} pairs{equal}: right in {figure(found.accuracy, percent=True)}, by its own account in "
         f"{figure(found.predicted, percent=True)}. Brier score {figure(found.brier)}."
     )
 
 
 def _drawing(found: Calibration, title: str, hue: int) -> Markup:
-    low = min(0.4, *(each.agreed for each in found.bins))  # what lies below is worse than chance
-    low = max(0.0, math.floor(low * 10 + 1e-9) / 10)
+    low = max(0.0, math.floor(10 * min(0.5, *(each.least for each in found.bins)) + 1e-9) / 10)
     x = Scale(0.5, 1.0, LEFT, SIDE - 12)
     y = Scale(low, 1.0, TOP + PLOT, TOP)
     return element(
         "svg",
         _grid(x, y, low),
         element("line", x1=_at(x(0.5)), y1=_at(y(0.5)), x2=_at(x(1)), y2=_at(y(1)), class_="ideal"),
-        element("text", "as sure as right", x=_at(x(0.985)), y=_at(y(0.985) + 18), text_anchor="end", class_="quiet"),
-        element("g", [_point(each, x, y, low) for each in found.bins], class_=f"r{hue}"),
+        element("g", [_point(each, x, y) for each in found.bins], class_=f"r{hue}"),
         _counts(found, x),
-        viewBox=f"0 0 {SIDE} {TOP + PLOT + 30 + COUNTS + 26}",
+        viewBox=f"0 0 {SIDE} {TOP + PLOT + 36 + COUNTS + 6}",
         role="img",
         aria_label=f"{title}. {_summary(found)} " + " ".join(map(_described, found.bins)),
     )
@@ -164,26 +160,26 @@ def _grid(x: Scale, y: Scale, low: float) -> Markup:
         for tick in ticks(0.5, 1.0, 5)
     ]
     names = (
-        element("text", "annotators agree", x=LEFT + 4, y=TOP + 4, class_="quiet"),
-        element("text", "predicted", x=x.stop, y=TOP + PLOT - 5, text_anchor="end", class_="quiet"),
+        element("text", "annotators agree", x=0, y=12, class_="quiet"),
+        element("text", "predicted", x=x.stop, y=TOP + PLOT + 30, text_anchor="end", class_="quiet"),
     )
     return element("g", rows, columns, names, class_="axes")
 
 
-def _point(each: Bin, x: Scale, y: Scale, low: float) -> Markup:
+def _point(each: Bin, x: Scale, y: Scale) -> Markup:
     at = _at(x(each.predicted))
     said = f"{_described(each)} 95% interval {figure(each.least, percent=True)} to {figure(each.most, percent=True)}."
     return element(
         "g",
         element("title", said),
-        element("line", x1=at, x2=at, y1=_at(y(max(each.least, low))), y2=_at(y(each.most)), class_="whisker"),
+        element("line", x1=at, x2=at, y1=_at(y(each.least)), y2=_at(y(each.most)), class_="whisker"),
         element("circle", cx=at, cy=_at(y(each.agreed)), r=4),
     )
 
 
 def _counts(found: Calibration, x: Scale) -> Markup:
     """How many pairs stand behind each point."""
-    top = TOP + PLOT + 34
+    top = TOP + PLOT + 38
     most = max(each.count for each in found.bins)
     height = Scale(0, most, 0, COUNTS - 14)
     bars = [

@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 360, 208
 LEFT, TOP, BOTTOM = 46, 10, 26  # around the plot; to the right as wide as the labels need
 ZONES = 60  # places under the pointer that have a readout
 READOUT_ROWS = 9
+FAR_APART = 10.0  # greatest by least value, from which a chart that may is logarithmic
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,8 @@ class Line:
 
 @dataclass(frozen=True, eq=False)
 class Chart:
-    """`mark` is a value to compare with, and what it is; `within` is what the axis must show at least."""
+    """`mark` is a value to compare with, and what it is; `within` is what the axis must show at least; `log` asks for a
+    logarithmic axis where values are positive and far apart."""
 
     title: str
     lines: Sequence[Line]
@@ -47,7 +49,7 @@ class Chart:
 
 def line_chart(chart: Chart) -> Markup:
     """The chart as a figure: caption, drawing with a text alternative, remarks, and a table of every point drawn."""
-    remarks = [chart.note, *_remarks(chart.lines)]
+    remarks = [chart.note, "Logarithmic axis." if logarithmic(chart) else "", *_remarks(chart.lines)]
     return element(
         "figure",
         element("figcaption", element("b", chart.title), _latest(chart)),
@@ -104,24 +106,27 @@ def _scales(chart: Chart, right: float) -> tuple[Scale, Scale]:
     x = Scale(first, last if last > first else first + 1, LEFT, right)
     low, high = float(values.min()), float(values.max())
     if logarithmic(chart):
-        return x, Scale(low, high if high > low else low * 10, HEIGHT - BOTTOM, TOP, log=True)
+        low, high = (low / 1.1, high * 1.1) if high > low else (low / 3, high * 3)
+        return x, Scale(low, high, HEIGHT - BOTTOM, TOP, log=True)
     return x, Scale(*extent(low, high), HEIGHT - BOTTOM, TOP)
 
 
 def logarithmic(chart: Chart) -> bool:
-    """Whether a chart that asks for a logarithmic axis can have one: all it shows is positive."""
-    return chart.log and all(np.nanmin(line.curve.low) > 0 for line in chart.lines)
+    """Whether a chart that may have a logarithmic axis gets one."""
+    low = min(float(np.nanmin(line.curve.low)) for line in chart.lines)
+    high = max(float(np.nanmax(line.curve.high)) for line in chart.lines)
+    return chart.log and low > 0 and high / low > FAR_APART
 
 
 def _axes(chart: Chart, x: Scale, y: Scale) -> Markup:
     values = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high)
-    step = values[1] - values[0] if len(values) > 1 and not y.log else 0
+    even = values[1] - values[0] if len(values) > 1 and not y.log else 0.0
     rows = [
         (
             element("line", x1=LEFT, x2=x.stop, y1=_at(y(value)), y2=_at(y(value)), class_="grid"),
             element(
                 "text",
-                tick_label(value, step or abs(value) or 1, percent=chart.percent),
+                tick_label(value, even or abs(value) or 1, percent=chart.percent),
                 x=LEFT - 6,
                 y=_at(y(value) + 3.5),
                 text_anchor="end",
@@ -129,7 +134,7 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> Markup:
         )
         for value in values
     ]
-    marks = [tick for tick in ticks(x.low, x.high, 4) if tick == int(tick)]
+    marks = [tick for tick in ticks(x.low, x.high, 4) if tick == int(tick) and x(tick) > LEFT + 34]
     columns = [
         element(
             "text",
@@ -141,7 +146,8 @@ def _axes(chart: Chart, x: Scale, y: Scale) -> Markup:
         for tick in marks
     ]
     base = element("line", x1=LEFT, x2=x.stop, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM, class_="axis")
-    return element("g", rows, base, columns, class_="axes")
+    said = element("text", "step", x=LEFT, y=HEIGHT - 8, class_="quiet")
+    return element("g", rows, base, columns, said, class_="axes")
 
 
 def _mark(chart: Chart, x: Scale, y: Scale) -> Markup | None:
@@ -170,10 +176,7 @@ def _line(line: Line, x: Scale, y: Scale) -> Markup:
         "g",
         element("path", d=band, class_="band") if band else None,
         element("path", d=path, class_="dotted" if line.dots else "dashed" if line.dashed else "line"),
-        [
-            element("circle", cx=_at(x(curve.step[i])), cy=_at(y(curve.value[i])), r=2.6, class_="dot")
-            for i in dots
-        ],
+        [element("circle", cx=_at(x(curve.step[i])), cy=_at(y(curve.value[i])), r=2.6, class_="dot") for i in dots],
         class_=f"r{line.hue}",
     )
 
@@ -233,7 +236,7 @@ def _readouts(chart: Chart, x: Scale, y: Scale) -> Markup:
 
 
 def _readout(chart: Chart, step: float, place: float, x: Scale, y: Scale) -> Markup:
-    rows = [(f"step {step:g}", None)]
+    rows: list[tuple[str, int | None]] = [(f"step {step:g}", None)]
     dots = []
     for line in chart.lines:
         near = np.abs(line.curve.step - step)
@@ -249,9 +252,7 @@ def _readout(chart: Chart, step: float, place: float, x: Scale, y: Scale) -> Mar
         dots,
         element("rect", x=_at(left), y=TOP, width=_at(wide), height=13 * len(rows) + 6, rx=3, class_="plate"),
         [
-            element(
-                "text", text, x=_at(left + 6), y=TOP + 13 * row, class_=None if hue is None else f"r{hue} own"
-            )
+            element("text", text, x=_at(left + 6), y=TOP + 13 * row, class_=None if hue is None else f"r{hue} own")
             for row, (text, hue) in enumerate(rows, 1)
         ],
     )
@@ -276,10 +277,6 @@ def _latest(chart: Chart) -> Markup:
 
 
 def _remarks(lines: Sequence[Line]) -> Iterator[str]:
-    binned = sorted({line.curve.per_point for line in lines if line.curve.per_point > 1})
-    if binned:
-        widths = " or ".join(map(str, binned))
-        yield f"A point is the mean of {widths} steps, the band their least and greatest."
     for line in lines:
         if line.curve.lost:
             name = f"{line.label}: " if line.label else ""
@@ -290,7 +287,9 @@ def _remarks(lines: Sequence[Line]) -> Iterator[str]:
 def _table(chart: Chart) -> Markup:
     steps = np.unique(np.concatenate([line.curve.step for line in chart.lines]))
     columns = [dict(zip(line.curve.step.tolist(), line.curve.value.tolist(), strict=True)) for line in chart.lines]
-    head = element("tr", element("th", "step", scope="col"), [element("th", name, scope="col") for name in _heads(chart)])
+    binned = any(line.curve.per_point > 1 for line in chart.lines)
+    heads = ("middle of steps" if binned else "step", *(line.label or chart.title for line in chart.lines))
+    head = element("tr", [element("th", name, scope="col") for name in heads])
     rows = [
         element(
             "tr",
@@ -303,10 +302,6 @@ def _table(chart: Chart) -> Markup:
         for step in steps.tolist()
     ]
     return details(f"{chart.title} as a table", element("table", element("thead", head), element("tbody", rows)))
-
-
-def _heads(chart: Chart) -> list[str]:
-    return [line.label or chart.title for line in chart.lines]
 
 
 def details(summary: str, content: Markup) -> Markup:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-
-import numpy as np
 
 from mmrlhf_jax.data.rewards import GroupReward
 from mmrlhf_jax.groups import Group
@@ -13,17 +12,17 @@ from mmrlhf_jax.report.charts import details
 from mmrlhf_jax.report.datasets import Judged
 from mmrlhf_jax.report.markup import Markup, element, fragment
 from mmrlhf_jax.report.pictures import Album, pictures_of, turns_of
-from mmrlhf_jax.report.scales import figure
+from mmrlhf_jax.report.scales import MINUS, figure
 
 LONGEST = 1500  # characters of a text that are shown
 WRONGEST = 3  # groups in which a reward model disagrees most with the annotators
 
 
-def spaced(count: int, wanted: int) -> list[int]:
-    """`wanted` of `count` indices, evenly spaced: chosen by place, not by what is there."""
-    if count <= wanted:
-        return list(range(count))
-    return sorted({int(place) for place in np.linspace(0, count - 1, wanted).round()})
+def drawn(keys: Sequence[tuple[str, str]], wanted: int) -> list[tuple[str, str]]:
+    """`wanted` of `keys` in their order, those whose hashes are smallest: the same each time, chosen by nothing that
+    was said, and blind to how kinds of prompts take turns."""
+    chosen = set(sorted(keys, key=lambda key: hashlib.sha256(repr(key).encode()).digest())[:wanted])
+    return [key for key in keys if key in chosen]
 
 
 def answer_examples(files: Sequence[AnswersFile], keys: Sequence[Key], album: Album) -> list[Markup]:
@@ -66,9 +65,7 @@ def _said(said: Said) -> Markup:
     if said.missing:
         notes.append("Not said: " + ", ".join(said.missing) + ".")
     if said.wrong is not None:
-        of = f" of {said.claims}" if said.claims is not None else ""
-        plural = "claim" if said.faults == 1 and said.claims is None else "claims"
-        notes.append(f"{said.faults}{of} {plural} wrong." if said.faults else f"No wrong claim{of and f' among {said.claims}'}.")
+        notes.append(_count(said))
     if not said.ended:
         notes.append("Cut off at its longest.")
     if said.score is not None:
@@ -78,6 +75,14 @@ def _said(said: Said) -> Markup:
         element("p", " ".join(notes), class_="remark") if notes else None,
         [element("blockquote", _plain(text), dir="auto") for text in said.critiques[:1] if text],
     )
+
+
+def _count(said: Said) -> str:
+    if not said.faults:
+        return "No wrong claim." if said.claims is None else f"None of {said.claims} claims wrong."
+    if said.claims is None:
+        return "1 wrong claim." if said.faults == 1 else f"{said.faults} wrong claims."
+    return f"{said.faults} of {said.claims} claims wrong."
 
 
 def marked(said: Said) -> Markup:
@@ -116,14 +121,15 @@ def wrong_share(file: AnswersFile, keys: Sequence[Key]) -> tuple[int, int, int]:
 
 
 def critique_examples(scored: Judged, groups: Sequence[Group], shown: int) -> list[tuple[str, list[Markup]]]:
-    """(why they are shown, groups with critique and score of each response): those where the scores contradict the
-    annotators most, and some by place."""
+    """(why they are shown, groups with critique and score of each response): some drawn blindly, and those where the
+    scores contradict the annotators most."""
     worst = sorted((least, row) for row, reward in scored.rewards.items() if (least := _least(groups[row], reward)) < 0)
     wrong = [row for _, row in worst[:WRONGEST]]
     others = sorted(set(scored.rewards) - set(wrong))
-    typical = [others[i] for i in spaced(len(others), max(shown - len(wrong), 0))]
+    names = {(groups[row].id, str(row)): row for row in others}
+    typical = [names[key] for key in drawn(list(names), max(shown - len(wrong), 0))]
     made = [
-        (f"{len(typical)} of {len(scored.rewards):,} groups, evenly spaced", typical),
+        (f"{len(typical)} of {len(scored.rewards):,} groups, drawn by a hash of their names", typical),
         ("where the scores contradict the annotators most", wrong),
     ]
     return [(why, [_group(scored, groups[row], row) for row in rows]) for why, rows in made if rows]
@@ -162,11 +168,11 @@ def _group(scored: Judged, group: Group, row: int) -> Markup:
 
 def _response(group: Group, reward: GroupReward, k: int) -> Markup:
     response, critiques = group.responses[k], [text for text in reward.critiques[k] if text]
-    more = f"and {len(critiques) - 1} more critiques of it" if len(critiques) > 1 else None
+    more = f"The first of {len(critiques)}; the score is their mean." if len(critiques) > 1 else None
     human = details("the annotator's", element("p", _plain(response.reason))) if response.reason else None
     return element(
         "tr",
-        element("td", figure(reward.score[k]), class_="number"),
+        element("td", f"{reward.score[k]:.2f}".replace("-", MINUS), class_="number"),
         element("td", str(response.rank + 1), class_="number"),
         element("td", _plain(response.text), dir="auto"),
         element(

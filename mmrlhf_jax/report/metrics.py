@@ -34,14 +34,13 @@ class Spec:
 BOTH = ("chosen", "rejected")
 SPECS: dict[str, tuple[Spec, ...]] = {
     "Learning": (
-        Spec("Loss", ("loss",)),
+        Spec("Loss", ("loss",), log=True),
         Spec("Preference loss", ("loss/preference",), note="−log σ(β z), mean over pairs."),
         Spec("NLL of the chosen", ("loss/nll",), note="A token's, mean."),
         Spec("Bradley-Terry loss", ("loss/bradley_terry",), mark=(0.6931471805599453, "log 2: undecided")),
-        Spec("NLL of the critiques", ("loss/critique",), note="A token's, mean."),
+        Spec("NLL of the critiques", ("loss/critique",), note="A token's, mean.", log=True),
         Spec("Centring", ("loss/centre",), note="(s₁ + s₂)², mean over pairs."),
         Spec("Ties", ("loss/tie",), note="(s₁ − s₂)², mean over tied pairs."),
-        Spec("Log-prob of a token", ("logps/token",)),
     ),
     "Preference": (
         Spec("Reward accuracy", ("rewards/accuracies",), percent=True, mark=(0.5, "chance"), within=(0, 1)),
@@ -54,19 +53,18 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         Spec("Entropy", ("entropy",), note="Of the next token, in nats.", within=(0,)),
     ),
     "Optimizer and speed": (
-        Spec("Gradient norm", ("grad_norm",), log=True),
-        Spec("Update norm", ("update_norm",)),
+        Spec("Gradient norm", ("grad_norm",), note="Before clipping.", log=True),
         Spec("Learning rate", ("learning_rate",), within=(0,)),
         Spec("Throughput", ("tokens_per_second",), note="Tokens a second.", within=(0,)),
-        Spec("Groups a second", ("groups_per_second",), within=(0,)),
-        Spec("Step time", ("seconds", "seconds/data_wait"), ("all", "data"), "Seconds; data: waiting for it.", log=True),
+        Spec("Step time", ("seconds",), note="Seconds; the first steps compile.", log=True),
         Spec("Data wait", ("data_wait_share",), note="Of the step's time.", percent=True, within=(0,)),
         Spec("Model FLOP utilisation", ("mfu",), percent=True, within=(0,)),
-        Spec("Model TFLOP a second", ("model_tflops_per_second",), within=(0,)),
-        Spec("Compiling", ("seconds/compile",), note="Seconds.", within=(0,)),
     ),
 }
-UNDRAWN = {"pairs_per_second", "response_tokens_per_second"}  # the groups' rate times a constant of the data
+UNDRAWN = {  # what another chart says too, or what is of use as a sum
+    "groups_per_second", "logps/token", "model_tflops_per_second", "pairs_per_second", "response_tokens_per_second",
+    "seconds/compile", "seconds/data_wait", "update_norm",
+}  # fmt: skip
 
 
 def derived(log: Log) -> Log:
@@ -93,6 +91,19 @@ def curve_grids(runs: Sequence[Run]) -> list[tuple[str, list[Markup]]]:
         if charts:
             drawn.append((heading, [line_chart(chart) for chart in charts]))
     return drawn
+
+
+def binned_in_words(runs: Sequence[Run]) -> str:
+    """How the curves of long runs are drawn; empty where every step has its point."""
+    curves = {
+        key_of(hue): found.per_point
+        for hue, run in enumerate(runs)
+        if "loss" in run.steps.series and (found := curve(run.steps.series["loss"])) and found.per_point > 1
+    }
+    if not curves:
+        return ""
+    of = " and ".join(f"{steps} steps" + (f" of {key}" if len(runs) > 1 else "") for key, steps in curves.items())
+    return f"A point of a curve is the mean of {of}; the band behind it spans their least and greatest value."
 
 
 def _chart(spec: Spec, runs: Sequence[Run], logs: Sequence[Log]) -> Chart | None:

@@ -1,4 +1,4 @@
-"""Pictures small enough to be part of a page: decoded by the project's own decoder, drawn anew, never passed through."""
+"""Pictures small enough to be part of a page: decoded by the project's own decoder and drawn anew, never passed on."""
 
 from __future__ import annotations
 
@@ -79,5 +79,3 @@ def picture(encoded: bytes, said: str) -> Markup:
         height=image.height,
         class_="drawn" if drawn else "photo",
     )
-
-

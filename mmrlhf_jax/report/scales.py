@@ -41,13 +41,14 @@ def round_step(wanted: float) -> float:
 
 
 def log_ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Powers of ten in [low, high], thinned to about `count`; where there are fewer than two, round values instead."""
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    powers = list(range(first, last + 1))
-    if len(powers) < 2:
-        return [tick for tick in ticks(low, high, count) if tick > 0]
-    stride = -(-len(powers) // count)
-    return [10.0**power for power in powers[::stride]]
+    """About `count` values in [low, high]: powers of ten; where those are few 1, 2 and 5 times them, or round steps."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    powers = [10.0**power for power in range(first, last + 1)]
+    for made in (powers, [power * factor for power in powers for factor in (1, 2, 5)]):
+        inside = [tick for tick in made if low * (1 - 1e-9) <= tick <= high * (1 + 1e-9)]
+        if len(inside) > 2:
+            return inside[:: -(-len(inside) // (count + 1))]
+    return [tick for tick in ticks(low, high, count) if tick > 0]
 
 
 def extent(low: float, high: float) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,10 +37,10 @@ def _several_recipes(runs: Sequence[Run]) -> Markup:
     whole = [resolved(run) for run in runs]
     names = list(dict.fromkeys(name for recipe in whole for name in recipe))
     differ = [name for name in names if len({_json(recipe.get(name)) for recipe in whole}) > 1]
-    rows = [(name, _differing([recipe.get(name) if name in recipe else _ABSENT for recipe in whole])) for name in differ]
+    rows = [(name, _differing([recipe.get(name, _ABSENT) for recipe in whole])) for name in differ]
     rest = [(name, [_value(whole[0][name])]) for name in names if name not in differ]
     said = f"{len(differ)} of {len(names)} fields differ; marked is what is not as in {key_of(0)}."
-    heads = ("field", *(_head(run, hue) for hue, run in enumerate(runs)))
+    heads: list[Children] = ["field", *(_head(run, hue) for hue, run in enumerate(runs))]
     return fragment(
         element("p", said if differ else f"All {len(names)} fields are the same.", class_="lead"),
         _box("Fields that differ", table(heads, rows)) if rows else None,
@@ -59,7 +60,9 @@ def _json(value: Any) -> str:
 
 
 def _value(value: Any) -> Markup:
-    return element("code", "–" if value is _ABSENT else value if isinstance(value, str) and value else json.dumps(value))
+    if value is _ABSENT:
+        return element("code", "–")
+    return element("code", value if isinstance(value, str) and value else json.dumps(value))
 
 
 def _mark(value: Any) -> Markup:
@@ -109,7 +112,8 @@ def _environment(run: Run) -> dict[str, str]:
         **{str(name): str(version) for name, version in (packages.items() if isinstance(packages, dict) else ())},
     }
     if len(run.starts) > 1:
-        found["started"] = f"{len(run.starts)} times, at steps {', '.join(str(each.get('step')) for each in run.starts)}"
+        steps = ", ".join(str(each.get("step")) for each in run.starts)
+        found["started"] = f"{len(run.starts)} times, at steps {steps}"
     return found
 
 
@@ -121,6 +125,8 @@ def _text(value: str | None) -> Markup:
     return element("code", value or "–")
 
 
+FINGERPRINT_DIGITS = 20
+_HEX = re.compile(r"[0-9a-f-]{32,}")
 FINGERPRINTS = {
     "dataset": "training data",
     "evaluation": "held-out data",
@@ -132,7 +138,7 @@ FINGERPRINTS = {
 
 
 def fingerprints(runs: Sequence[Run]) -> Markup:
-    """What each run started from, by fingerprint; equal ones are the same bytes."""
+    """What each run started from, by the first digits of its fingerprint; equal ones are the same bytes."""
     rows = [
         (said, [_text(_short(run.start.get(name))) for run in runs])
         for name, said in FINGERPRINTS.items()
@@ -143,7 +149,10 @@ def fingerprints(runs: Sequence[Run]) -> Markup:
 
 
 def _short(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+    """A path as it stands; of a fingerprint its first digits, enough to tell two apart."""
+    if not isinstance(value, str):
+        return None
+    return f"{value[:FINGERPRINT_DIGITS]}…" if _HEX.fullmatch(value) else value
 
 
 def datasets(found: Mapping[str, Dataset], runs: Sequence[Run]) -> Markup | None:
@@ -153,7 +162,7 @@ def datasets(found: Mapping[str, Dataset], runs: Sequence[Run]) -> Markup | None
     counts = [_counts(dataset, list(dataset.groups()), fingerprint, runs) for fingerprint, dataset in found.items()]
     names = list(dict.fromkeys(name for each in counts for name in each))
     rows = [(name, [element("span", each.get(name, "–")) for each in counts]) for name in names]
-    heads = ("", *(element("code", dataset.path) for dataset in found.values()))
+    heads: list[Children] = ["", *(element("code", dataset.path) for dataset in found.values())]
     return _box("Datasets", table(heads, rows))
 
 
@@ -174,5 +183,5 @@ def _counts(dataset: Dataset, groups: Sequence[Group], fingerprint: str, runs: S
         "annotated pairs": f"{sum(len(group.pairs) for group in groups):,}",
         "pictures": f"{pictures:,}",
         **({"videos": f"{videos:,}"} if videos else {}),
-        "fingerprint": fingerprint,
+        "fingerprint": _short(fingerprint) or "–",
     }
