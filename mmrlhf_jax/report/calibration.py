@@ -100,15 +100,12 @@ SIDE, LEFT, TOP, COUNTS = 360, 46, 26, 54  # of the drawing: width, margins, hei
 PLOT = 210
 
 
-def calibration_chart(found: Calibration, title: str, note: str, hue: int) -> Markup:
+def calibration_chart(found: Calibration, title: str, subtitle: str, note: str, hue: int) -> Markup:
     """The diagram, the counts below it, and the numbers as a table."""
     return element(
         "figure",
-        element(
-            "figcaption",
-            element("b", title),
-            element("span", element("span", f"ECE {figure(found.error, percent=True)}"), class_="latest"),
-        ),
+        element("figcaption", element("b", title)),
+        element("p", subtitle, class_="remark"),
         _drawing(found, title, hue),
         element("p", _summary(found), " ", note, class_="remark"),
         details("Calibration as a table", _table(found)),
@@ -119,7 +116,7 @@ def calibration_chart(found: Calibration, title: str, note: str, hue: int) -> Ma
 def _summary(found: Calibration) -> str:
     equal = f", {found.equal:,} of them with equal scores" if found.equal else ""
     return (
-        f"{found.pairs:,} pairs{equal}: right in {figure(found.accuracy, percent=True)}, by its own account in "
+        f"ECE {figure(found.error, percent=True)}. {found.pairs:,} pairs{equal}: right in {figure(found.accuracy, percent=True)}, by its own account in "
         f"{figure(found.predicted, percent=True)}. Brier score {figure(found.brier)}."
     )
 

@@ -157,7 +157,7 @@ def _mark(chart: Chart, x: Scale, y: Scale) -> Markup | None:
     return element(
         "g",
         element("line", x1=LEFT, x2=x.stop, y1=_at(y(value)), y2=_at(y(value))),
-        element("text", said, x=LEFT + 4, y=_at(y(value) - 4)),
+        element("text", said, x=_at(x.stop - 2), y=_at(y(value) + 12), text_anchor="end"),
         class_="mark",
     )
 

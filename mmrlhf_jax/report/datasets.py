@@ -51,9 +51,9 @@ class Judged:
         """How the scores were read."""
         key = self.store.key
         behind = {
-            "generated": "behind its own critiques",
-            "human": "behind the human critiques",
-            "none": "without critiques",
+            "generated": "Behind its own critiques",
+            "human": "Behind the human critiques",
+            "none": "Without critiques",
         }[key["critiques"]]
         return f"{behind}, mean over {key['samples']}" if key["samples"] > 1 else behind
 
@@ -70,7 +70,7 @@ def find_datasets(runs: Sequence[Run], named: Sequence[str]) -> Found:
                 continue
             opened = _open(path, fingerprint)
             if isinstance(opened, str):
-                missing[f"The {role} data of {run.name}, {path}, {opened}: name it with --dataset."] = None
+                missing[f"The {role} data of {run.name}, {path}, {opened}: name where it is with --dataset."] = None
             else:
                 datasets[fingerprint] = opened
     return Found(datasets, tuple(missing))
@@ -110,12 +110,18 @@ def margins_of(run: Run, dataset: Dataset) -> np.ndarray:
     return np.array(found, float)
 
 
-def judged(found: Found) -> list[Judged]:
-    """Every finished or begun scoring beside the datasets, of each part of a mixture once. Raises ValueError for one
-    that belongs to other data."""
+def judged(found: Found) -> tuple[list[Judged], list[str]]:
+    """Every finished or begun scoring beside the datasets, of each part of a mixture once, and what is wrong with those
+    that cannot be read or belong to what the data was before."""
     parts = {part.path: part for dataset in found.datasets.values() for part, _ in dataset.parts()}
-    stores = [(part, store) for part in parts.values() for store in find(part.path, REWARD) if store.done()]
-    return [Judged(part, store, read_rewards(store, part)) for part, store in stores]
+    scorings, wrong = [], []
+    for part in parts.values():
+        try:
+            stores = [store for store in find(part.path, REWARD) if store.done()]
+            scorings += [Judged(part, store, read_rewards(store, part)) for store in stores]
+        except ValueError as error:
+            wrong.append(f"Scores beside {part.path}: {error}.")
+    return scorings, wrong
 
 
 def annotate_command(datasets: Sequence[Dataset]) -> str:

@@ -41,6 +41,7 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         Spec("NLL of the critiques", ("loss/critique",), note="A token's, mean.", log=True),
         Spec("Centring", ("loss/centre",), note="(s₁ + s₂)², mean over pairs."),
         Spec("Ties", ("loss/tie",), note="(s₁ − s₂)², mean over tied pairs."),
+        Spec("Entropy", ("entropy",), note="Of the next token, in nats.", within=(0,)),
     ),
     "Preference": (
         Spec("Reward accuracy", ("rewards/accuracies",), percent=True, mark=(0.5, "chance"), within=(0, 1)),
@@ -50,7 +51,6 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         Spec("β", ("beta/mean",), note="Mean over pairs."),
         Spec("Annotated margin", ("margin/mean",), note="Mean over the pairs of a step: what β follows."),
         Spec("Length", ("length/chosen", "length/rejected"), BOTH, note="Tokens of a response.", within=(0,)),
-        Spec("Entropy", ("entropy",), note="Of the next token, in nats.", within=(0,)),
     ),
     "Optimizer and speed": (
         Spec("Gradient norm", ("grad_norm",), note="Before clipping.", log=True),

@@ -21,6 +21,7 @@ from mmrlhf_jax.report.metrics import binned_in_words, curve_grids, final_table,
 from mmrlhf_jax.report.pictures import Album
 from mmrlhf_jax.report.runs import Run
 from mmrlhf_jax.report.scales import figure
+from mmrlhf_jax.training.model import absolute
 from mmrlhf_jax.training.recipe import RewardObjective
 
 MOST_SCORINGS = 8
@@ -37,8 +38,18 @@ class Material:
     shown: int = 12
 
     @cached_property
-    def scorings(self) -> list[Judged]:
+    def _judged(self) -> tuple[list[Judged], list[str]]:
         return judged(self.found)
+
+    @property
+    def scorings(self) -> list[Judged]:
+        """What lies beside the datasets, as far as it can be read."""
+        return self._judged[0]
+
+    @property
+    def unread(self) -> list[str]:
+        """What is wrong with the rest."""
+        return self._judged[1]
 
     @cached_property
     def groups(self) -> dict[str, list[Group]]:
@@ -113,8 +124,7 @@ def _beta(material: Material) -> Section:
             continue
         name = str(run.start.get("dataset"))
         dataset = material.found.datasets.get(name)
-        if dataset is None:
-            absent.append(f"Margins of {run.name}: its dataset {run.recipe.get('dataset')} is not at hand.")
+        if dataset is None:  # which is said once for everything that is made of it
             continue
         try:
             margins = margins_of(run, dataset)
@@ -124,7 +134,7 @@ def _beta(material: Material) -> Section:
         if len(margins):
             margin_key = (name, str(run.recipe.get("margins", "data")))
             charted.setdefault(margin_key, ([], margins))[0].append(Rule(hue, run.objective))
-        else:
+        elif run.objective.needs_margin:
             absent.append(
                 fragment(
                     f"Margins of {run.name}: its data has none; MM-DPO reads them after ",
@@ -149,7 +159,7 @@ def _key(material: Material, hue: int) -> Markup | None:
 
 
 def _calibration(material: Material) -> Section:
-    missing: list[Children] = list(material.found.missing)
+    missing: list[Children] = [*material.found.missing, *material.unread]
     datasets = list(material.found.datasets.values())
     if not material.scorings:
         missing.append(
@@ -167,8 +177,8 @@ def _calibration(material: Material) -> Section:
         if not len(finite):
             missing.append(f"Calibration of {scored.name}: none of the groups it scored has an annotated pair.")
             continue
-        title = f"{_model_name(scored)}, {scored.manner}"
-        charts.append(calibration_chart(calibrate(finite), title, _about(scored, tied), _hue(material, scored)))
+        found, hue = calibrate(finite), _hue(material, scored)
+        charts.append(calibration_chart(found, scored.manner, _model_name(scored), _about(scored, tied), hue))
     if len(material.scorings) > MOST_SCORINGS:
         missing.append(f"Calibration of {len(material.scorings) - MOST_SCORINGS} more scorings beside the data.")
     lead = (
@@ -176,7 +186,7 @@ def _calibration(material: Material) -> Section:
         "how often the annotators agree. On the diagonal it is as sure as it is right; below, too sure. "
         "ECE: mean distance from it."
     )
-    body = fragment(element("p", lead, class_="lead"), element("div", charts, class_="wide-charts"))
+    body = fragment(element("p", lead, class_="lead"), element("div", charts, class_="grid-of-charts spaced"))
     return Section("calibration", "Calibration of the reward model", body if charts else None, tuple(missing))
 
 
@@ -191,8 +201,8 @@ def _about(scored: Judged, tied: int) -> str:
 
 def _hue(material: Material, scored: Judged) -> int:
     """The hue of the run that scored, the first one's where it is none of them."""
-    name = scored.model.split("@")[0].rstrip("/")
-    return next((hue for hue, run in enumerate(material.runs) if run.path.rstrip("/") == name), 0)
+    name = scored.model.split("@")[0]
+    return next((hue for hue, run in enumerate(material.runs) if absolute(run.path) == name), 0)
 
 
 def _answers(material: Material) -> Section:
@@ -259,7 +269,7 @@ def _critiques(material: Material) -> Section:
         return Section("critiques", "Critiques", None, (fragment("Critiques beside scores: ", _command(command), "."),))
     scored = min(written, key=lambda each: each.store.key["samples"])  # a score of its own beside each critique
     examples = critique_examples(scored, material.groups[scored.dataset.path], max(2, material.shown // 2))
-    lead = f"{_model_name(scored)}, {scored.manner}, on {scored.dataset.path}. Rank 1 is the annotators' best."
+    lead = f"{_model_name(scored)} on {scored.dataset.path}. {scored.manner}. Rank 1 is the annotators' best."
     body = fragment(
         element("p", lead, class_="lead"),
         [fragment(element("h3", why[:1].upper() + why[1:]), groups) for why, groups in examples],
