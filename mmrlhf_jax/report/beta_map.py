@@ -83,7 +83,7 @@ def histogram(values: np.ndarray, bars: int = BARS) -> Histogram:
     return Histogram(edge, np.bincount(place, minlength=len(edge) - 1))
 
 
-WIDTH, LEFT, RIGHT, TOP = 400, 52, 30, 12
+WIDTH, LEFT, RIGHT, TOP = 400, 52, 30, 26
 CURVES, COUNTS = 170, 84  # heights of the two panels
 GAP = 14
 
@@ -152,7 +152,7 @@ def _beta_axis(x: Scale, y: Scale) -> Markup:
         )
         for value in values
     ]
-    return element("g", rows, element("text", "β", x=LEFT + 4, y=TOP + 4, class_="quiet"), class_="axes")
+    return element("g", rows, element("text", "β", x=0, y=12, class_="quiet"), class_="axes")
 
 
 def _tags(rules: Sequence[Rule], curves: Sequence[np.ndarray | None], y: Scale, x: Scale) -> list[Markup]:

@@ -37,7 +37,7 @@ def browser() -> Iterator:
     except ImportError:
         found, sync_playwright = None, None
     if not found:
-        missing = "there is no Chromium, or no playwright (the `test` extra) to drive it"
+        missing = "there is no Chromium, or no playwright (the `browser` extra) to drive it"
         if os.environ.get("REQUIRE_BROWSER") == "1":
             pytest.fail(missing)
         pytest.skip(missing)
