@@ -104,11 +104,12 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     loader = with_reference(data.loader, measured.dataset, recipe, fingerprints["model"], renderer)
     held_out = None
     if recipe.evaluation.every:
+        aside = measured
         if recipe.evaluation.dataset:
-            measured = measure_data(recipe, open_dataset(recipe.evaluation.dataset), renderer, held_out=True)
-            fingerprints["evaluation"] = measured.dataset.fingerprint
-        held_out = plan_held_out(recipe, measured, config, share)
-        watched = with_reference(held_out.loader, measured.dataset, recipe, fingerprints["model"], renderer)
+            aside = measure_data(recipe, open_dataset(recipe.evaluation.dataset), renderer, held_out=True)
+            fingerprints["evaluation"] = aside.dataset.fingerprint
+        held_out = plan_held_out(recipe, aside, config, share)
+        watched = with_reference(held_out.loader, aside.dataset, recipe, fingerprints["model"], renderer)
         held_out = dataclasses.replace(held_out, loader=watched)
     position = {"plan": data.plan.fingerprint, **fingerprints}
     check_agreement("recipe, model or data", json.dumps([flatten(recipe), position]))
