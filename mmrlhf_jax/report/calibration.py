@@ -116,8 +116,9 @@ def calibration_chart(found: Calibration, title: str, subtitle: str, note: str, 
 def _summary(found: Calibration) -> str:
     equal = f", {found.equal:,} of them with equal scores" if found.equal else ""
     return (
-        f"ECE {figure(found.error, percent=True)}. {found.pairs:,} pairs{equal}: right in {figure(found.accuracy, percent=True)}, by its own account in "
-        f"{figure(found.predicted, percent=True)}. Brier score {figure(found.brier)}."
+        f"ECE {figure(found.error, percent=True)}. {found.pairs:,} pairs{equal}: right in "
+        f"{figure(found.accuracy, percent=True)}, by its own account in {figure(found.predicted, percent=True)}. "
+        f"Brier score {figure(found.brier)}."
     )
 
 

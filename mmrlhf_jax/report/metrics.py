@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmrlhf_jax.objectives import Supervised
 from mmrlhf_jax.report.charts import Chart, Line, line_chart
 from mmrlhf_jax.report.curves import curve
 from mmrlhf_jax.report.markup import Markup, element
 from mmrlhf_jax.report.runs import Log, Run, Series
-from mmrlhf_jax.report.scales import figure
+from mmrlhf_jax.report.scales import MISSING, figure
 
 EVALUATED = "eval/"
 LAST_SHARE = 0.1  # of a run's steps, whose mean stands for its end: single steps are noisy
@@ -35,22 +36,20 @@ BOTH = ("chosen", "rejected")
 SPECS: dict[str, tuple[Spec, ...]] = {
     "Learning": (
         Spec("Loss", ("loss",), log=True),
+        Spec("Reward accuracy", ("rewards/accuracies",), percent=True, mark=(0.5, "chance"), within=(0, 1)),
+        Spec("Reward margin", ("rewards/margins",), note="Chosen less rejected."),
         Spec("Preference loss", ("loss/preference",), note="−log σ(β z), mean over pairs."),
-        Spec("NLL of the chosen", ("loss/nll",), note="A token's, mean."),
         Spec("Bradley-Terry loss", ("loss/bradley_terry",), mark=(0.6931471805599453, "log 2: undecided")),
+        Spec("NLL of a token", ("loss/nll",), note="Of the chosen responses, where there are others."),
         Spec("NLL of the critiques", ("loss/critique",), note="A token's, mean.", log=True),
+        Spec("Rewards", ("rewards/chosen", "rewards/rejected"), BOTH),
+        Spec("Log-probs", ("logps/chosen", "logps/rejected"), BOTH, note="Summed over a response."),
+        Spec("Length", ("length/chosen", "length/rejected"), BOTH, note="Tokens of a response.", within=(0,)),
+        Spec("β", ("beta/mean",), note="Mean over pairs."),
+        Spec("Annotated margin", ("margin/mean",), note="Mean over the pairs of a step: what β follows."),
         Spec("Centring", ("loss/centre",), note="(s₁ + s₂)², mean over pairs."),
         Spec("Ties", ("loss/tie",), note="(s₁ − s₂)², mean over tied pairs."),
         Spec("Entropy", ("entropy",), note="Of the next token, in nats.", within=(0,)),
-    ),
-    "Preference": (
-        Spec("Reward accuracy", ("rewards/accuracies",), percent=True, mark=(0.5, "chance"), within=(0, 1)),
-        Spec("Reward margin", ("rewards/margins",), note="Chosen less rejected."),
-        Spec("Rewards", ("rewards/chosen", "rewards/rejected"), BOTH),
-        Spec("Log-probs", ("logps/chosen", "logps/rejected"), BOTH, note="Summed over a response."),
-        Spec("β", ("beta/mean",), note="Mean over pairs."),
-        Spec("Annotated margin", ("margin/mean",), note="Mean over the pairs of a step: what β follows."),
-        Spec("Length", ("length/chosen", "length/rejected"), BOTH, note="Tokens of a response.", within=(0,)),
     ),
     "Optimizer and speed": (
         Spec("Gradient norm", ("grad_norm",), note="Before clipping.", log=True),
@@ -80,8 +79,10 @@ def derived(log: Log) -> Log:
 
 def curve_grids(runs: Sequence[Run]) -> list[tuple[str, list[Markup]]]:
     """(heading, charts) of everything the runs logged; a number that none has is left out, one we do not know is drawn
-    under its own name."""
+    under its own name. Of supervised fine-tuning the NLL is the loss, and drawn once."""
     logs = [derived(run.steps) for run in runs]
+    if all(isinstance(run.objective, Supervised) for run in runs):
+        logs = [Log(log.step, {name: log.series[name] for name in log.series if name != "loss/nll"}) for log in logs]
     known = {name for specs in SPECS.values() for spec in specs for name in spec.names} | UNDRAWN
     found = {name for log in logs for name in log.series} - known
     groups = {**SPECS, "Other numbers": tuple(Spec(name, (name,)) for name in sorted(found))}
@@ -113,11 +114,11 @@ def _chart(spec: Spec, runs: Sequence[Run], logs: Sequence[Log]) -> Chart | None
         for side, (name, said) in enumerate(zip(spec.names, spec.sides, strict=True)):
             trained, evaluated = log.series.get(name), run.evaluations.series.get(EVALUATED + name)
             label = " ".join(filter(None, (key_of(hue) if several else "", said)))
-            tag = key_of(hue) if several else said
+            tag, colour = (key_of(hue), hue) if several else (said, side)
             if trained is not None and (shown := curve(trained)):
-                lines.append(Line(label, tag, hue, shown, dashed=side == 1))
+                lines.append(Line(label, tag, colour, shown, dashed=side == 1))
             if evaluated is not None and (shown := curve(evaluated)):
-                lines.append(Line(f"{label} held-out".strip(), "", hue, shown, dots=True))
+                lines.append(Line(f"{label} held-out".strip(), "", colour, shown, dots=True))
     if not lines:
         return None
     if several and len(spec.names) > 1:
@@ -167,38 +168,43 @@ FINAL = (
 
 
 def final_table(runs: Sequence[Run]) -> Markup | None:
-    """Where every run ended: training's last tenth, and the held-out groups at the start, at their best and last. None
-    where nothing was logged."""
-    rows = [(title, [ended(derived(run.steps), name) for run in runs], percent) for title, name, percent in FINAL]
-    for title, name, percent in FINAL:
-        held = [run.evaluations.series.get(EVALUATED + name) for run in runs]
-        rows += [
-            (f"{title}, held-out, {when}", [pick(series) if series else float("nan") for series in held], percent)
-            for when, pick in (("first", _first), ("last", _last))
-        ]
-    rows = [row for row in rows if np.isfinite(row[1]).any()]
+    """Where every run ended: the mean over training's last tenth and, of runs that have them, the held-out groups'
+    first and last figures. None where nothing was logged."""
+    logs = [derived(run.steps) for run in runs]
+    columns = [
+        [(logs[hue], _ended), *([(run.evaluations, _course)] * bool(len(run.evaluations)))]
+        for hue, run in enumerate(runs)
+    ]
+    flat = [column for each in columns for column in each]
+    rows = [(title, [said(log, name, percent) for log, said in flat]) for title, name, percent in FINAL]
+    rows = [(title, values) for title, values in rows if any(value != MISSING for value in values)]
     if not rows:
         return None
-    head = element(
-        "tr",
-        element("th", "", scope="col"),
-        [element("th", _run_head(run, hue, len(runs)), scope="col") for hue, run in enumerate(runs)],
-    )
+    names = [
+        element("th", _run_head(run, hue, len(runs)), scope="colgroup", colspan=len(each))
+        for hue, (run, each) in enumerate(zip(runs, columns, strict=True))
+    ]
+    kinds = [element("th", ("training", "held-out")[i], scope="col") for each in columns for i in range(len(each))]
+    head = [element("tr", element("td", ""), names)]
+    if len(flat) > len(runs):
+        head.append(element("tr", element("td", ""), kinds))
     body = [
-        element(
-            "tr", element("th", title, scope="row"), [element("td", figure(value, percent=percent)) for value in values]
-        )
-        for title, values, percent in rows
+        element("tr", element("th", title, scope="row"), [element("td", value) for value in values])
+        for title, values in rows
     ]
     return element("table", element("thead", head), element("tbody", body), class_="figures")
 
 
-def _first(series: Series) -> float:
-    return float(series.value[0])
+def _ended(log: Log, name: str, percent: bool) -> str:
+    return figure(ended(log, name), percent=percent)
 
 
-def _last(series: Series) -> float:
-    return float(series.value[-1])
+def _course(evaluations: Log, name: str, percent: bool) -> str:
+    values = evaluations.values(EVALUATED + name)
+    if not len(values):
+        return MISSING
+    first, last = (figure(float(value), percent=percent) for value in (values[0], values[-1]))
+    return f"{first} → {last}"
 
 
 def _run_head(run: Run, hue: int, count: int) -> Markup:

@@ -70,7 +70,7 @@ def _card(run: Run, hue: int, count: int) -> Markup:
     key = element("span", key_of(hue), class_=f"key r{hue}") if count > 1 else None
     return element(
         "section",
-        element("h2", key, run.name),
+        element("h2", key, run.name) if count > 1 else None,
         element("p", f"{run.kind}, {_state(run)}", class_="lead"),
         element("dl", [element("div", element("dt", name), element("dd", value)) for name, value in facts]),
         class_=f"card r{hue}",

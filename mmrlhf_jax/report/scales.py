@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 MINUS = "\u2212"
+MISSING = "–"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def tick_label(value: float, step: float, *, percent: bool = False) -> str:
 def figure(value: float, *, percent: bool = False) -> str:
     """A value as a table shows it, with four significant digits; a dash for one that is missing."""
     if math.isnan(value):
-        return "–"
+        return MISSING
     if math.isinf(value):
         return "∞" if value > 0 else f"{MINUS}∞"
     if percent:

@@ -99,7 +99,11 @@ def _curves(material: Material) -> Section:
     table = final_table(runs)
     ends = fragment(
         element("h3", "Where training ended"),
-        element("p", "Means over the last tenth of the steps; held-out figures: all held-out groups.", class_="lead"),
+        element(
+            "p",
+            "Training: means over the last tenth of the steps. Held-out: all held-out groups, first and last time.",
+            class_="lead",
+        ),
         element("div", table, class_="scroll", tabindex=0, role="region", aria_label="Final numbers"),
     )
     charts = [
