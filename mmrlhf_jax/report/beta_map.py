@@ -16,7 +16,7 @@ from mmrlhf_jax.objectives.preference import RELEASED_BETA_FLOOR
 from mmrlhf_jax.report.charts import details
 from mmrlhf_jax.report.markup import Markup, element, fragment
 from mmrlhf_jax.report.metrics import key_of
-from mmrlhf_jax.report.scales import Scale, extent, figure, round_step, tick_label, ticks
+from mmrlhf_jax.report.scales import HUGE, Scale, extent, figure, round_step, tick_label, ticks
 from mmrlhf_jax.training.recipe import Objective
 
 BARS = 30
@@ -72,12 +72,14 @@ class Histogram:
 
 
 def histogram(values: np.ndarray, bars: int = BARS) -> Histogram:
-    """At most about `bars` bars of a round width; whole numbers, where there are few, each have their own."""
+    """At most about `bars` bars of a round width; whole numbers, where there are few, each have their own. `values` f64
+    [n], n > 0, all of them drawable."""
+    values = np.where(np.abs(values) < 1 / HUGE, 0, values)
     low, high = float(values.min()), float(values.max())
-    if (values == np.round(values)).all() and high - low < bars:
+    if (values == np.round(values)).all() and high - low < bars and max(-low, high) < 1e9:
         edge = np.arange(low - 0.5, high + 1)
     else:
-        width = round_step(max((high - low) / bars, 1e-9))
+        width = round_step(max((high - low) / bars, 1e-9 * max(abs(low), abs(high)), 1e-9))
         edge = width * np.arange(np.floor(low / width), np.floor(high / width) + 2)
     place = np.clip(np.searchsorted(edge, values, side="right") - 1, 0, len(edge) - 2)
     return Histogram(edge, np.bincount(place, minlength=len(edge) - 1))

@@ -104,6 +104,8 @@ def _scales(chart: Chart, right: float) -> tuple[Scale, Scale]:
     values = np.concatenate([values[np.isfinite(values)], chart.within, [chart.mark[0]] if chart.mark else []])
     first, last = float(steps.min()), float(steps.max())
     x = Scale(first, last if last > first else first + 1, LEFT, right)
+    if logarithmic(chart):
+        values = values[values > 0]
     low, high = float(values.min()), float(values.max())
     if logarithmic(chart):
         low, high = (low / 1.1, high * 1.1) if high > low else (low / 3, high * 3)
@@ -281,7 +283,7 @@ def _remarks(lines: Sequence[Line]) -> Iterator[str]:
         if line.curve.lost:
             name = f"{line.label}: " if line.label else ""
             many = "1 value is" if line.curve.lost == 1 else f"{line.curve.lost} values are"
-            yield f"{name}{many} NaN or infinite, the first at step {line.curve.first_lost}."
+            yield f"{name}{many} NaN, infinite or beyond 1e100, the first at step {line.curve.first_lost}."
 
 
 def _table(chart: Chart) -> Markup:

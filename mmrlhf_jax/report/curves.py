@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmrlhf_jax.report.runs import Series
+from mmrlhf_jax.report.scales import HUGE, drawable
 
 POINTS = 150  # of a curve; more could not be told apart in a chart this wide
 
@@ -15,7 +16,7 @@ POINTS = 150  # of a curve; more could not be told apart in a chart this wide
 class Curve:
     """Points of a curve, in order. `step` f64 [n]; `value` f64 [n], NaN where the curve has a gap; `low` and `high` are
     the least and greatest value behind each point. `per_point` steps stand behind one; `lost` is how many logged values
-    are NaN or infinite, the first of them at step `first_lost`."""
+    no axis can hold (NaN, infinite, beyond 1e100), the first of them at step `first_lost`."""
 
     step: np.ndarray
     value: np.ndarray
@@ -32,13 +33,14 @@ class Curve:
 
 
 def curve(series: Series, points: int = POINTS) -> Curve | None:
-    """`series` as at most `points` points; None where no value of it is finite.
+    """`series` as at most `points` points; None where it has no value to draw.
 
     More steps than that are cut into bins of equal width: the mean of a bin's finite values, its least and greatest
     beside. A bin without one is a gap.
     """
     step, value = series.step, series.value
-    finite = np.isfinite(value)
+    finite = drawable(value)
+    value = np.where(np.abs(value) < 1 / HUGE, 0, value)
     if not finite.any():
         return None
     lost = int((~finite).sum())

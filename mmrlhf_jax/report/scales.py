@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 MINUS = "\u2212"
 MISSING = "–"
+HUGE = 1e100  # what no axis is drawn for; its inverse counts as 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,11 @@ class Scale:
         low, high, value = (math.log(x) if self.log else x for x in (self.low, self.high, value))
         share = 0.5 if high == low else (value - low) / (high - low)
         return self.start + share * (self.stop - self.start)
+
+
+def drawable(values: np.ndarray) -> np.ndarray:
+    """bool, shape of `values`: which of them an axis can hold."""
+    return np.isfinite(values) & (np.abs(values) < HUGE)
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -53,9 +61,9 @@ def log_ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def extent(low: float, high: float) -> tuple[float, float]:
-    """[low, high] out to round values, and to something where both are equal."""
-    if low == high:
-        room = abs(low) * 0.1 or 1.0
+    """[low, high] out to round values, and to something where both are equal, or as good as equal."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):
+        room = max(abs(low), abs(high)) * 0.1 or 1.0
         low, high = low - room, high + room
     step = round_step((high - low) / 4)
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step

@@ -20,7 +20,7 @@ from mmrlhf_jax.report.markup import Children, Markup, element, fragment
 from mmrlhf_jax.report.metrics import binned_in_words, curve_grids, final_table, key_of
 from mmrlhf_jax.report.pictures import Album
 from mmrlhf_jax.report.runs import Run
-from mmrlhf_jax.report.scales import figure
+from mmrlhf_jax.report.scales import drawable, figure
 from mmrlhf_jax.training.model import absolute
 from mmrlhf_jax.training.recipe import RewardObjective
 
@@ -132,6 +132,7 @@ def _beta(material: Material) -> Section:
             continue
         try:
             margins = margins_of(run, dataset)
+            margins = margins[drawable(margins)]
         except ValueError as error:
             absent.append(f"Margins of {run.name}: {error}.")
             continue

@@ -228,7 +228,7 @@ def test_numbers_that_are_not_finite_are_gaps_and_are_told(report, tmp_path):
     broken = {5: {"loss": float("nan")}, 6: {"loss": float("inf")}, 9: {"loss": None}}
     _, html, _ = report(write_run(tmp_path / "run", more=broken))
     text = Page(html).text
-    assert "3 values are NaN or infinite, the first at step 5." in text
+    assert "3 values are NaN, infinite or beyond 1e100, the first at step 5." in text
     assert "nan" not in re.sub(r"NaN", "", html)
 
 
