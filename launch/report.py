@@ -39,7 +39,7 @@ FRAMES = 10  # of a video file, of which the middle one is shown
 class Arguments:
     __doc__ = __doc__
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
     """RUN directories, local or gs://, finished or not; several are laid over each other"""
     output: str = "report.html"
     """the page, local or gs://; an earlier report is replaced, another file never"""
@@ -72,7 +72,10 @@ def main() -> None:
             sources.append((prompts, prompts.groups))
         pictures = album(sources) if sources else Album({})
         text = page(Material(runs, found, answers, pictures, arguments.shown))
-    storage.write_whole(storage.to_path(arguments.output), text.encode())
+    output = storage.to_path(arguments.output)
+    if not storage.is_remote(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    storage.write_whole(output, text.encode())
     many = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     print(f"wrote {arguments.output}: {many}, {len(text.encode()) / 2**20:.1f} MiB")
 
@@ -98,8 +101,6 @@ def _check_output(output: str) -> None:
     """Raises CommandError for a file that is no report of ours, before any work."""
     path = storage.to_path(output)
     if not path.exists():
-        if not storage.is_remote(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
         return
     if path.is_dir():
         raise CommandError(f"{output} is a directory: name a file, such as {output.rstrip('/')}/report.html")

@@ -13,7 +13,7 @@ from data_samples import picture, write_media
 
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.dataset import PreparedDataset
-from mmrlhf_jax.data.datasets import open_dataset
+from mmrlhf_jax.data.datasets import Dataset, open_dataset
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.data.rewards import REWARD, GroupReward, content_of, note_command
 from mmrlhf_jax.data.sources.rows import SourceOptions
@@ -28,7 +28,7 @@ def write_run(
     objective: Objective | None = None,
     *,
     steps: int = 40,
-    dataset: PreparedDataset | None = None,
+    dataset: Dataset | None = None,
     more: Mapping[int, Mapping[str, Any]] | None = None,
     **fields: Any,
 ) -> Path:

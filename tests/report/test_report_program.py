@@ -19,7 +19,10 @@ from small_world import ROOT
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.command import run_command
+from mmrlhf_jax.data.datasets import open_dataset
+from mmrlhf_jax.data.rewards import stored_scores
 from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, ScalarReward, Supervised
+from mmrlhf_jax.training.data import scores_fingerprint
 
 RunReport = Callable[..., tuple[int, str, str]]
 
@@ -195,6 +198,38 @@ def test_scores_of_what_the_data_was_before_cost_only_themselves(report, data, t
     assert status == 0
     assert "was computed for other content" in Page(html).text
     assert "ECE" in Page(html).text
+
+
+def test_margins_of_a_reward_model_are_those_it_was_trained_on(report, data, tmp_path):
+    write_scores(data, [3.0, 1.0, 0.0], "")
+    scores = stored_scores(data, "reward", "")
+    run = write_run(tmp_path / "run", dataset=data, margins="reward")
+    start = json.loads((run / "start.json").read_text())
+    (run / "start.json").write_text(json.dumps({**start, "margins": scores_fingerprint(scores)}))
+    _, html, _ = report(run)
+    assert "18 pairs with margins from 1 to 3" in html
+    (run / "start.json").write_text(json.dumps({**start, "margins": "f" * 64}))
+    _, html, _ = report(run)
+    assert "are others than those run was trained on" in Page(html).text
+    assert "pairs with margins" not in html
+
+
+def test_scores_of_a_mixture_are_those_of_its_parts(report, data, tmp_path):
+    write_scores(data, [3.0, 1.0, 0.0], "fine")
+    mixture = tmp_path / "mixture.json"
+    mixture.write_text(json.dumps({"parts": [{"dataset": data.path, "weight": 2.0}]}))
+    status, html, _ = report(write_run(tmp_path / "run", dataset=open_dataset(mixture)))
+    assert status == 0
+    assert "36 pairs with margins" in html  # every row twice
+    assert html.count("18 pairs: right in 100.0%") == 2  # scored once; said in the remark and in words
+
+
+def test_eight_runs_are_told_apart_and_laid_over_each_other(report, tmp_path):
+    runs = [write_run(tmp_path / f"run{i}", steps=3 + i) for i in range(8)]
+    status, html, _ = report(*runs)
+    assert status == 0
+    (loss,) = [svg["aria-label"] for svg in Page(html).named("svg") if svg["aria-label"].startswith("Loss by step")]
+    assert all(f"{key}: from" in loss for key in "ABCDEFGH")
 
 
 def test_answers_stand_beside_their_picture_with_wrong_claims_marked(report, data, tmp_path):
