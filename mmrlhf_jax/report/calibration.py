@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mmrlhf_jax.data.ranking import pairs_of
 from mmrlhf_jax.groups import Group
 from mmrlhf_jax.report.charts import details
 from mmrlhf_jax.report.datasets import Judged
@@ -90,9 +91,10 @@ def differences_of(scored: Judged, groups: Sequence[Group]) -> tuple[np.ndarray,
     for row, reward in sorted(scored.rewards.items()):
         score, group = reward.score, groups[row]
         found += [score[pair.chosen] - score[pair.rejected] for pair in group.pairs]
-        listed = {frozenset((pair.chosen, pair.rejected)) for pair in group.pairs}
         rank = [response.rank for response in group.responses]
-        tied += sum(rank[i] == rank[j] and frozenset((i, j)) not in listed for j in range(len(rank)) for i in range(j))
+        if {(pair.chosen, pair.rejected) for pair in group.pairs} == set(pairs_of(rank)):
+            # in a partial order equal ranks say nothing
+            tied += sum(rank[i] == rank[j] for j in range(len(rank)) for i in range(j))
     return np.array(found, float), tied
 
 

@@ -182,8 +182,10 @@ def _calibration(material: Material) -> Section:
         if not len(finite):
             missing.append(f"Calibration of {scored.name}: none of the groups it scored has an annotated pair.")
             continue
-        found, hue = calibrate(finite), _hue(material, scored)
-        charts.append(calibration_chart(found, scored.manner, _model_name(scored), _about(scored, tied), hue))
+        found, about = calibrate(finite), _about(material, scored, tied)
+        charts.append(
+            calibration_chart(found, scored.manner, _model_name(scored), about, _judge(material, scored) or 0)
+        )
     if len(material.scorings) > MOST_SCORINGS:
         missing.append(f"Calibration of {len(material.scorings) - MOST_SCORINGS} more scorings beside the data.")
     lead = (
@@ -199,15 +201,18 @@ def _model_name(scored: Judged) -> str:
     return "/".join(scored.model.rstrip("/").split("/")[-1:])
 
 
-def _about(scored: Judged, tied: int) -> str:
+def _about(material: Material, scored: Judged, tied: int) -> str:
     ties = f" {tied:,} pairs that annotators ranked equal are left out." if tied else ""
-    return f"{len(scored.rewards):,} groups of {scored.dataset.path}.{ties} Scores: {scored.name}."
+    judge = _judge(material, scored)
+    own = judge is not None and material.runs[judge].start.get("dataset") == scored.dataset.fingerprint
+    seen = " It was trained on this data, of which it may be too sure." if own else ""
+    return f"{len(scored.rewards):,} groups of {scored.dataset.path}.{seen}{ties} Scores: {scored.name}."
 
 
-def _hue(material: Material, scored: Judged) -> int:
-    """The hue of the run that scored, the first one's where it is none of them."""
+def _judge(material: Material, scored: Judged) -> int | None:
+    """The number of the run that scored, None where it is none of them."""
     name = scored.model.split("@")[0]
-    return next((hue for hue, run in enumerate(material.runs) if absolute(run.path) == name), 0)
+    return next((hue for hue, run in enumerate(material.runs) if absolute(run.path) == name), None)
 
 
 def _answers(material: Material) -> Section:

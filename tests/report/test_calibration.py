@@ -69,3 +69,9 @@ def test_a_tie_is_no_pair_and_is_counted():
     differences, tied = differences_of(Scored(3.0, 1.0, 9.0), [group(0, 1, 1, pairs=((0, 1), (0, 2)))])
     assert differences.tolist() == [2.0, -6.0]
     assert tied == 1
+
+
+def test_equal_ranks_in_a_partial_order_are_no_tie():
+    differences, tied = differences_of(Scored(3.0, 1.0, 9.0), [group(0, 1, 1, pairs=((0, 1),))])
+    assert differences.tolist() == [2.0]
+    assert tied == 0

@@ -186,6 +186,7 @@ def test_scores_beside_the_data_are_calibrated_and_shown_with_their_critiques(re
     assert "Of 12 pairs at 73.1% annotators agree in 50.0%." in chart
     assert "Of 6 pairs at 88.1% annotators agree in 100.0%." in chart
     assert page.text.count("the cat is no cat") == 18
+    assert "It was trained on this data" in page.text
     assert "Where the scores contradict the annotators most" in page.text
 
 
