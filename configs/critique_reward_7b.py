@@ -18,9 +18,9 @@ from mmrlhf_jax.training.recipe import ComputeConfig, DataConfig, OptimizerConfi
 recipe = Recipe(
     objective=CritiqueReward(critique=1.0, bradley_terry=1.0, centre=0.01),
     render=RenderOptions(frames=10),
-    data=DataConfig(groups_per_step=200, epochs=1.0, slots_per_device=16384, workers=8),
+    data=DataConfig(groups_per_step=200, epochs=1.0, workers=8),
     optimizer=OptimizerConfig(
         learning_rate=1e-6, schedule="cosine", warmup=0.1, weight_decay=0.0, first_moment="bfloat16"
     ),
-    compute=ComputeConfig(dtype="bfloat16", remat="full"),
+    compute=ComputeConfig(dtype="bfloat16"),
 )

@@ -19,7 +19,7 @@ from mmrlhf_jax.training.recipe import ComputeConfig, DataConfig, OptimizerConfi
 recipe = Recipe(
     objective=MMDPO(beta=0.1, w=0.5, k=0.5, gamma=0.25),
     render=RenderOptions(frames=10),
-    data=DataConfig(groups_per_step=96, epochs=1.0, slots_per_device=16384, workers=8),
+    data=DataConfig(groups_per_step=96, epochs=1.0, workers=8),
     optimizer=OptimizerConfig(learning_rate=1e-6, schedule="cosine", warmup=0.1, weight_decay=0.0),
-    compute=ComputeConfig(dtype="bfloat16", remat="full"),
+    compute=ComputeConfig(dtype="bfloat16"),
 )

@@ -8,10 +8,13 @@ score for every response).
 
 Hardware and meshes; one flag each. None has been run yet, so no time is claimed:
     8 x H100 80 GB      --mesh.fsdp 8
-    v5e-64 (16 GB)      --mesh.fsdp 16 --mesh.tensor 4 --data.slots-per-device 4096
+    1 x H200 141 GB     --optimizer.second-moment factored
+    v5e-64 (16 GB)      --mesh.fsdp 16 --mesh.tensor 4
     v5p-16 (95 GB)      --mesh.fsdp 8                   (v5p counts cores: 8 chips)
     v6e-32 (32 GB)      --mesh.fsdp 16 --mesh.tensor 2
-The number of groups in a micro-batch is a multiple of data x fsdp: far beyond 64 such devices use tensor instead.
+What layers compute again and how many groups a micro-batch holds follow from the device's memory; launch/plan.py says
+what that comes to. The number of groups in a micro-batch is a multiple of data x fsdp: far beyond 64 such devices use
+tensor instead.
 
     python launch/annotate.py --dataset DATASET --model MODEL --with reference
     python launch/train.py configs/mm_dpo_onevision_7b.py --model MODEL --dataset DATASET --output RUN
@@ -27,9 +30,9 @@ from mmrlhf_jax.training.recipe import ComputeConfig, DataConfig, OptimizerConfi
 recipe = Recipe(
     objective=MMDPO(beta=0.1, w=0.5, k=0.5, gamma=0.25),
     render=RenderOptions(frames=10),
-    data=DataConfig(groups_per_step=96, epochs=1.0, slots_per_device=16384, workers=8),
+    data=DataConfig(groups_per_step=96, epochs=1.0, workers=8),
     optimizer=OptimizerConfig(
         learning_rate=1e-6, schedule="cosine", warmup=0.1, weight_decay=0.0, first_moment="bfloat16"
     ),
-    compute=ComputeConfig(dtype="bfloat16", remat="full"),
+    compute=ComputeConfig(dtype="bfloat16"),
 )

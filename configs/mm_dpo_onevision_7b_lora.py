@@ -23,8 +23,8 @@ recipe = Recipe(
     objective=MMDPO(beta=0.1, w=0.5, k=0.5, gamma=0.25),
     reference="lora_off",
     render=RenderOptions(frames=10),
-    data=DataConfig(groups_per_step=96, epochs=1.0, slots_per_device=8192, workers=8),
+    data=DataConfig(groups_per_step=96, epochs=1.0, workers=8),
     lora=LoraConfig(rank=64, alpha=128.0),
     optimizer=OptimizerConfig(learning_rate=1e-5, schedule="cosine", warmup=0.1, weight_decay=0.0),
-    compute=ComputeConfig(dtype="bfloat16", remat="full"),
+    compute=ComputeConfig(dtype="bfloat16"),
 )

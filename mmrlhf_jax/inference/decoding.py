@@ -26,11 +26,10 @@ from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute, prefill
 from mmrlhf_jax.models.qwen2 import model as qwen2
 from mmrlhf_jax.nn.branch_attention import BranchCache, branch_rule
+from mmrlhf_jax.nn.compiler import compiler_options
 from mmrlhf_jax.nn.sharding import BATCH_AXES
 
 Read = Callable[[Any, jax.Array], jax.Array]
-# otherwise libtpu 0.0.42 compiles for ever: weights are gathered (`fsdp`) in the layers' loop inside the tokens' loop
-_TPU_OPTIONS = {"xla_tpu_enable_async_collective_fusion": "false"}
 _SAMPLING = -1  # in `Slots.closed`
 
 
@@ -161,7 +160,7 @@ def programs(shape: Shape, mesh: Mesh) -> Programs:
             functools.partial(run, shape),
             donate_argnums=1,
             out_shardings=(state, whole),
-            compiler_options=_TPU_OPTIONS if shape.compute.platform == "tpu" else None,
+            compiler_options=compiler_options(shape.compute.platform, "decode"),
         ),
         collect=jax.jit(lambda said: said, out_shardings=whole),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,10 +22,11 @@ from mmrlhf_jax.nn.devices import ACCELERATORS
 from mmrlhf_jax.nn.remat import leaner
 from mmrlhf_jax.nn.sharding import AnyMesh, BatchShare, MeshConfig, shape_of_mesh
 from mmrlhf_jax.planning.compiled import Compiled, TooLarge, compile_ahead, traced_flops
-from mmrlhf_jax.planning.memory import Footprint, footprint
 from mmrlhf_jax.planning.step_time import EFFICIENCY, Load, StepTime, micro_batches, step_time
 from mmrlhf_jax.planning.topology import Target, candidates, over, tpu_mesh
-from mmrlhf_jax.training.data import measure_data, plan_data
+from mmrlhf_jax.training.data import Measured, measure_data, plan_data
+from mmrlhf_jax.training.fit import fit
+from mmrlhf_jax.training.memory import Footprint, footprint
 from mmrlhf_jax.training.model import LoadedModel, assets_of
 from mmrlhf_jax.training.planning import (
     abstract_batch,
@@ -34,7 +36,7 @@ from mmrlhf_jax.training.planning import (
     lower_apply,
     trace_accumulate,
 )
-from mmrlhf_jax.training.recipe import LoraConfig, Recipe
+from mmrlhf_jax.training.recipe import LoraConfig, OptimizerConfig, Recipe
 from mmrlhf_jax.training.setup import renderer_of
 
 TYPICAL = Bucket(0, 5, 3072, 768)
@@ -133,7 +135,15 @@ def make_plan(recipe: Recipe, target: Target, choices: Choices, progress: Callab
         raise UsageError("data.pairing pairs, which is for comparisons, is not planned for; plan for groups")
     mesh: AnyMesh = shape_of_mesh(over(recipe.mesh, target.slices), target.total, target.slices)
     config = config_of(recipe, model_shape(recipe, choices))
-    loads, responses = loads_of(recipe, config, choices, mesh)
+    asked, measured = recipe, _measured(recipe, config)
+
+    def shapes(fitted: Recipe) -> tuple[list[Bucket], int]:
+        loads, responses = loads_of(fitted, config, choices, mesh, measured)
+        return [load.bucket for load in loads], responses
+
+    memory = target.chip.memory
+    recipe = fit(recipe, config, mesh, shapes, platform=target.platform, memory=memory).recipe
+    loads, responses = loads_of(recipe, config, choices, mesh, measured)
     footprints = tuple(
         footprint(recipe, config, load.bucket, mesh, responses=responses, platform=target.platform) for load in loads
     )
@@ -154,7 +164,7 @@ def make_plan(recipe: Recipe, target: Target, choices: Choices, progress: Callab
     plan = Plan(
         recipe, config, target, dict(mesh.shape), loads, responses, footprints, time, choices.efficiency, compiled,
         apply, _beside(recipe, config, bucket, mesh, responses), (),
-        tuple(_smallest(recipe, config, bucket, mesh, responses)),
+        tuple(_smallest(asked, config, bucket, mesh, responses)),
     )  # fmt: skip
     return plan if plan.fits else dataclasses.replace(plan, changes=tuple(_changes(plan, bucket)))
 
@@ -187,18 +197,24 @@ def model_shape(recipe: Recipe, choices: Choices) -> LlavaOnevisionConfig:
     return read_config(assets_of(recipe.model))
 
 
+def _measured(recipe: Recipe, config: LlavaOnevisionConfig) -> Measured | None:
+    """The recipe's dataset, if it names one."""
+    if not recipe.dataset:
+        return None
+    start = LoadedModel(config, None, assets_of(recipe.model))
+    return measure_data(recipe, open_dataset(recipe.dataset), renderer_of(recipe, start))
+
+
 def loads_of(
-    recipe: Recipe, config: LlavaOnevisionConfig, choices: Choices, mesh: AnyMesh
+    recipe: Recipe, config: LlavaOnevisionConfig, choices: Choices, mesh: AnyMesh, measured: Measured | None
 ) -> tuple[tuple[Load, ...], int]:
     """The micro-batches of a step, by bucket, and K: those of the recipe's dataset, or of one bucket alone."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if not recipe.dataset:
+    if measured is None:
         if choices.all_buckets:
             raise UsageError("--all-buckets are those of a dataset: add --dataset DATASET and --model MODEL")
         bucket = with_groups(recipe, config, choices.bucket, shards)
         return (micro_batches(recipe.data.groups_per_step, bucket),), choices.responses
-    start = LoadedModel(config, None, assets_of(recipe.model))
-    measured = measure_data(recipe, open_dataset(recipe.dataset), renderer_of(recipe, start))
     data = plan_data(recipe, measured, config, BatchShare(tuple(range(shards)), shards))
     of = np.array([micro.bucket for micro in data.plan.micro_batches])
     filled = [sum(item >= 0 for item in micro.items) for micro in data.plan.micro_batches]
@@ -220,7 +236,7 @@ def with_groups(recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, sh
         one,
         max_buckets=1,
         multiple=1,
-        slots_per_shard=recipe.data.slots_per_device,
+        slots_per_shard=recipe.data.slots,
         shards=shards,
         groups_per_step=recipe.data.groups_per_step,
         tile_cost=config.tile_cost,
@@ -268,26 +284,35 @@ def _changes(plan: Plan, bucket: Bucket) -> Iterator[Change]:
 
 
 def _leaner_recipes(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
-    rung = leaner(recipe.compute.remat)
+    rung = leaner(recipe.compute.rung)
     while rung is not None:
         yield (
             f"--compute.remat {rung}",
             dataclasses.replace(recipe, compute=dataclasses.replace(recipe.compute, remat=rung)),
         )
         rung = leaner(rung)
-    if recipe.optimizer.first_moment == "float32":
-        halved = dataclasses.replace(recipe.optimizer, first_moment="bfloat16")
+    optimizer = recipe.optimizer
+    if optimizer.first_moment == "float32":
+        halved = dataclasses.replace(optimizer, first_moment="bfloat16")
         yield "--optimizer.first-moment bfloat16", dataclasses.replace(recipe, optimizer=halved)
+    adam = OptimizerConfig()  # other b2 and eps a factored moment has no use for
+    plain = (optimizer.b2, optimizer.eps) == (adam.b2, adam.eps)
+    if optimizer.second_moment == "float32" and plain and not recipe.lora.rank:
+        factored = dataclasses.replace(optimizer, second_moment="factored")
+        yield "--optimizer.second-moment factored", dataclasses.replace(recipe, optimizer=factored)
     if recipe.reference == "online":
         yield "--reference stored", dataclasses.replace(recipe, reference="stored")
     if not recipe.lora.rank:
         yield "--lora.rank 16", dataclasses.replace(recipe, lora=LoraConfig(rank=16))
 
 
-def _merge(together: Recipe, before: Recipe, changed: Recipe) -> Recipe:
-    """`together` with every field of `changed` that differs from `before`."""
-    fields = (field.name for field in dataclasses.fields(Recipe))
-    differing = {name: getattr(changed, name) for name in fields if getattr(changed, name) != getattr(before, name)}
+def _merge(together: Any, before: Any, changed: Any) -> Any:
+    """`together` with every field of `changed` that differs from `before`, of recipes and of their parts."""
+    differing = {}
+    for name in (field.name for field in dataclasses.fields(before)):
+        here, was, now = (getattr(one, name) for one in (together, before, changed))
+        if now != was:
+            differing[name] = _merge(here, was, now) if dataclasses.is_dataclass(was) else now
     return dataclasses.replace(together, **differing)
 
 

@@ -13,8 +13,8 @@ from mmrlhf_jax.nn.devices import GIB
 from mmrlhf_jax.nn.params import count
 from mmrlhf_jax.nn.sharding import MeshConfig, shape_of_mesh
 from mmrlhf_jax.planning.compiled import Compiled, TooLarge
-from mmrlhf_jax.planning.memory import GRADIENTS, MARGIN
 from mmrlhf_jax.planning.plan import Plan
+from mmrlhf_jax.training.memory import GRADIENTS, MARGIN
 from mmrlhf_jax.training.planning import abstract_run
 
 
@@ -42,7 +42,7 @@ def _what(plan: Plan) -> Iterator[str]:
     trains = sum(leaf.size for leaf in jax.tree.leaves(run.state.trainable))
     yield (
         f"{type(recipe.objective).__name__}: {count(declare(config)) / 1e9:.2f} billion parameters, {trains / 1e9:.3g} "
-        f"billion that train; remat {recipe.compute.remat!r}, {recipe.compute.dtype}"
+        f"billion that train; remat {recipe.compute.rung!r}, {recipe.compute.dtype}"
     )
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
     yield f"{plan.target}: {plan.target.total} chips, mesh {sizes}"
@@ -123,8 +123,6 @@ def _verdict(plan: Plan) -> Iterator[str]:
         yield f"  {holder.target.total:>4} chips  {holder.target!s:<14}{held}"
     if not plan.smallest:
         yield "no size of any chip listed holds it by the estimate, with as many groups each"
-    if plan.target.platform == "gpu":
-        yield "note: jax takes 75 % of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says more, such as .95"
 
 
 def _gib(amount: float) -> str:

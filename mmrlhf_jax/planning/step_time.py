@@ -22,7 +22,7 @@ from mmrlhf_jax.models.llava_onevision.cost import Flops, GroupShape, group_flop
 from mmrlhf_jax.nn.devices import Accelerator
 from mmrlhf_jax.nn.sharding import AnyMesh
 from mmrlhf_jax.objectives import ScalarReward
-from mmrlhf_jax.planning.memory import Local, gathered_bytes, local_part
+from mmrlhf_jax.training.memory import Local, gathered_bytes, local_part
 from mmrlhf_jax.training.planning import AbstractRun, abstract_run, bytes_per_device
 from mmrlhf_jax.training.recipe import Recipe
 from mmrlhf_jax.training.state import combine, rate_of
@@ -67,7 +67,7 @@ class Load:
 
 def step_flops(recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, responses: int, *, useful: bool) -> Flops:
     """Of one group with the slots of `bucket` full; `useful` leaves recomputation out."""
-    rates, again = recipe.optimizer.rates, recipe.compute.remat in ("full", "attention")
+    rates, again = recipe.optimizer.rates, recipe.compute.rung in ("full", "attention")
     return group_flops(
         config,
         GroupShape(
@@ -164,7 +164,7 @@ def _layer_traffic(
     summed over `tensor` twice a layer, forward, recomputed and backward."""
     shards, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     weights = _gathered(recipe, run, local) + gathered_bytes(run.state.trainable, local.value)
-    again = recipe.compute.remat in ("full", "attention")
+    again = recipe.compute.rung in ("full", "attention")
     sums = config.decoder.layers * 2 * (3 if again else 2) * 2 * (tensor - 1) / tensor
     activations = local.groups * local.tokens * config.decoder.embed * local.value
     return weights * (shards - 1) / shards + sums * activations

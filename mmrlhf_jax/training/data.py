@@ -78,6 +78,20 @@ def measure_data(recipe: Recipe, dataset: Dataset, renderer: Renderer, *, held_o
     return Measured(dataset, renderer, groups, measure(groups, renderer), train, aside, scores)
 
 
+def shapes_of(
+    measured: Measured, config: LlavaOnevisionConfig, share: BatchShare
+) -> Callable[[Recipe], tuple[list[Bucket], int]]:
+    """What `training/fit.py` asks: for a recipe whose slots are set, the rows of its buckets, and K."""
+
+    def shapes(recipe: Recipe) -> tuple[list[Bucket], int]:
+        items = select(measured.groups, measured.lengths, selection_of(recipe), measured.train)
+        rows = 2 if recipe.data.pairing == "pairs" else 1
+        buckets = bucket_items(items, recipe.data, config, shards=share.of).buckets
+        return [dataclasses.replace(bucket, groups=rows * bucket.groups) for bucket in buckets], items.responses
+
+    return shapes
+
+
 def plan_data(recipe: Recipe, measured: Measured, config: LlavaOnevisionConfig, share: BatchShare) -> RunData:
     """Plans the whole run. Raises ValueError where the data cannot serve the objective."""
     selection = selection_of(recipe)
@@ -142,7 +156,7 @@ def bucket_items(
         items.lengths,
         max_buckets=data.max_buckets,
         multiple=data.multiple,
-        slots_per_shard=data.slots_per_device,
+        slots_per_shard=data.slots,
         shards=shards,
         groups_per_step=at_once or data.groups_per_step,
         rows_per_group=2 if data.pairing == "pairs" else 1,

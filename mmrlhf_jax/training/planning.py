@@ -159,12 +159,10 @@ def memory_advice(recipe: Recipe, step: int, bucket: Bucket, mesh: Mesh) -> str:
     shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     groups = bucket.groups // shards
     cures = []
-    if (rung := leaner(recipe.compute.remat)) is not None:
+    if (rung := leaner(recipe.compute.rung)) is not None:
         cures.append(f"--compute.remat {rung} keeps less of each layer")
     if groups > 1:
-        cures.append(
-            f"--data.slots-per-device {recipe.data.slots_per_device // 2} halves the {groups} groups a device holds"
-        )
+        cures.append(f"--data.slots-per-device {recipe.data.slots // 2} halves the {groups} groups a device holds")
     if not recipe.lora.rank:
         cures.append("--lora.rank 16 trains adapters instead of all parameters")
     if recipe.reference == "online":
@@ -172,5 +170,5 @@ def memory_advice(recipe: Recipe, step: int, bucket: Bucket, mesh: Mesh) -> str:
     cures.append("a mesh with more devices under fsdp or tensor splits the parameters further")
     return (
         f"out of device memory at step {step}, bucket {bucket}, {groups} groups on each of {shards} parts of the "
-        f"batch, remat {recipe.compute.remat!r}. What needs less, cheapest first:\n  " + "\n  ".join(cures)
+        f"batch, remat {recipe.compute.rung!r}. What needs less, cheapest first:\n  " + "\n  ".join(cures)
     )

@@ -27,6 +27,8 @@ from mmrlhf_jax.objectives import (
     Supervised,
 )
 
+SLOTS_OF_UNKNOWN = 8192  # a device forwards at once, if its memory is not known
+
 RewardObjective = CritiqueReward | ScalarReward
 Objective = Supervised | DPO | MMDPO | MMDPOReleasedFactor | MMDPOReleasedBatch | CritiqueReward | ScalarReward
 
@@ -49,11 +51,16 @@ class DataConfig:
     """distinct static shapes, each compiled once"""
     multiple: int = MULTIPLE
     """prompt and response slots are multiples of this"""
-    slots_per_device: int = 8192
+    slots_per_device: int = 0
     """tokens (tiles counted in tokens) a device forwards at once, where more than one group fits; a group is never
-    cut"""
+    cut. 0: as many as its memory holds, up to 16,384 (training/fit.py); on CPUs 8,192"""
     workers: int = 0
     """processes that decode and tokenize; 0 = threads of this one"""
+
+    @property
+    def slots(self) -> int:
+        """`slots_per_device`; where nothing has chosen them, those of a device whose memory is not known."""
+        return self.slots_per_device or SLOTS_OF_UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,9 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """global norm gradients are clipped to; inf = never"""
     first_moment: Literal["float32", "bfloat16"] = "float32"
+    second_moment: Literal["float32", "factored"] = "float32"
+    """factored: a row and a column instead of a matrix, as Adafactor's, with its decay and clipping; b2 and eps are
+    Adam's"""
 
 
 @dataclass(frozen=True)
@@ -93,10 +103,16 @@ class ComputeConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """activations and matrix products; parameters that train are fp32 whatever this says"""
     attention: Backend = "auto"
-    remat: RematRung = "full"
-    """what a layer keeps for its backward pass: full (nothing), attention, projections, none (everything)"""
+    remat: RematRung | Literal["auto"] = "auto"
+    """what a layer computes again for its backward pass: full (everything), attention, projections, none (keeps all).
+    auto: as little as the device's memory allows (training/fit.py); on CPUs full"""
     vocab_chunk: int = 8192
     """vocabulary rows whose logits exist at once"""
+
+    @property
+    def rung(self) -> RematRung:
+        """`remat`; where nothing has chosen it, that of a device whose memory is not known."""
+        return "full" if self.remat == "auto" else self.remat
 
 
 @dataclass(frozen=True)
@@ -206,6 +222,12 @@ class Recipe:
         if self.reference == "lora_off" and not self.lora.rank:
             raise ValueError("reference = 'lora_off' needs adapters to switch off: set lora.rank")
         _check_evaluation(self.evaluation)
+        adam = OptimizerConfig()
+        if self.optimizer.second_moment == "factored" and (self.optimizer.b2, self.optimizer.eps) != (
+            adam.b2,
+            adam.eps,
+        ):
+            raise ValueError("optimizer.b2 and .eps are Adam's: a factored second moment has a decay of its own")
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:

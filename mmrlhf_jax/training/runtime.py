@@ -20,11 +20,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mmrlhf_jax.command import CommandError, UsageError
+from mmrlhf_jax.nn.compiler import GPU_MEMORY_SHARE
 from mmrlhf_jax.nn.sharding import batch_sharding, batch_share, replicated
 
 
 def set_up_jax(dtype: str) -> None:
     """Call once, before any computation. JAX_COMPILATION_CACHE_DIR moves the cache of compiled programs."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_SHARE)  # read when jax first looks for devices
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "mmrlhf_jax" / "compiled"))
     if dtype == "float32":

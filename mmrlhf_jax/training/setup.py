@@ -169,7 +169,7 @@ def compute_of(recipe: Recipe, mesh: Mesh, *, platform: str | None = None) -> Co
         dtype=recipe.compute.dtype,
         platform=platform or mesh.devices.flat[0].platform,
         attention=recipe.compute.attention,
-        remat=recipe.compute.remat,
+        remat=recipe.compute.rung,
         vocab_chunk=recipe.compute.vocab_chunk,
         vocab_shards=mesh.shape["tensor"],
     )

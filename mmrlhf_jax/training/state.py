@@ -90,7 +90,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) with global-norm clipping and a rate multiplier for each part of the model."""
+    """AdamW (arXiv 1711.05101) with global-norm clipping and a rate multiplier for each part of the model; with a
+    factored second moment Adafactor's (arXiv 1804.04235), decaying as 1 - step^-0.8, updates clipped at an RMS of 1 and
+    averaged by the first moment."""
 
     def scaled(updates: Any, params: Any) -> Any:
         del params
@@ -103,19 +105,40 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.dtype(config.first_moment)),
+        *_moments(config),
         optax.add_decayed_weights(config.weight_decay, mask=matrices) if config.weight_decay else optax.identity(),
         optax.stateless(scaled),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
     )
 
 
+def _moments(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    first = jnp.dtype(config.first_moment)
+    if config.second_moment == "float32":
+        return [optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=first)]
+    return [
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(config.b1, accumulator_dtype=first),
+    ]
+
+
+def first_moment(moments: optax.OptState) -> Any:
+    """The part of an optimizer's state that averages gradients or updates: a tree like the parameters."""
+    return optax.tree_utils.tree_get(moments, "mu", optax.tree_utils.tree_get(moments, "ema", ()))
+
+
 def state_shardings(optimizer: optax.GradientTransformation, trainable: Any, frozen: Any, whole: Any) -> TrainState:
-    """The shardings of a TrainState, moments lying where their parameters lie; `trainable` and `frozen` are trees of
-    ShapeDtypeStructs with shardings, `whole` the replicated sharding."""
-    moments = jax.eval_shape(optimizer.init, trainable)
-    placed = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, like: like.sharding, moments, trainable, transform_non_params=lambda _: whole
-    )
+    """The shardings of a TrainState: a moment of its parameter's shape lies where the parameter lies, factors and
+    counters are everywhere. `trainable` and `frozen` are trees of ShapeDtypeStructs with shardings, `whole` the
+    replicated sharding."""
+    params = dict(jax.tree_util.tree_leaves_with_path(trainable))
+
+    def place(path: tuple[Any, ...], leaf: Any) -> Any:
+        # a moment's path ends in its parameter's
+        like = next((params[path[start:]] for start in range(len(path)) if path[start:] in params), None)
+        return like.sharding if like is not None and like.shape == leaf.shape else whole
+
+    placed = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trainable))
     here, there = (jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, frozen))
     return TrainState(whole, here, there, placed)

@@ -1,7 +1,7 @@
 """One optimizer step as two compiled functions: `accumulate` a micro-batch's gradients, `apply` their sum.
 
 Losses are sums divided by the totals of the whole step, so adding gradients over micro-batches is exact however a step
-was cut.
+was cut. A kernel's gradient is differentiated in the dtype it is multiplied in, and summed in fp32.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from mmrlhf_jax.batch import GroupBatch
 from mmrlhf_jax.models.critique_reward.model import scores, scores_and_logps
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute, branch_sums, response_logps
+from mmrlhf_jax.nn.compiler import compiler_options
+from mmrlhf_jax.nn.params import map_named
 from mmrlhf_jax.nn.sharding import constrain
 from mmrlhf_jax.objectives import (
     CritiqueReward,
@@ -124,6 +126,22 @@ def _seen(batch: GroupBatch, values: jax.Array) -> Seen:
     return Seen(constrain(batch.row), constrain(finite))
 
 
+def multiplied_in_compute_dtype(name: str) -> bool:
+    """Whether the forward uses the parameter called `name` only rounded to its compute dtype, and in one place, so that
+    its gradient has no more digits than that: every kernel but those of a reward model's head. Tables are no kernels:
+    many tokens add to one row."""
+    return name.endswith("_kernel") and not name.startswith("head.")
+
+
+def rounded(params: Any, dtype: str) -> Any:
+    """`params` as the forward multiplies with them. Their gradients are in `dtype` too: in bf16 half the bytes, and
+    half of what devices exchange."""
+    return map_named(
+        lambda name, leaf: leaf.astype(dtype) if multiplied_in_compute_dtype(name) else leaf,
+        params,
+    )
+
+
 def make_accumulate(
     config: LlavaOnevisionConfig, compute: Compute, objective: Objective, *, sums_sharding: Any
 ) -> jax.stages.Wrapped:
@@ -135,10 +153,15 @@ def make_accumulate(
                 combine(trainable, frozen), reference, batch, key, config=config, compute=compute, objective=objective
             )
 
-        gradients, (metrics, seen) = jax.grad(loss, has_aux=True)(trainable)
+        gradients, (metrics, seen) = jax.grad(loss, has_aux=True)(rounded(trainable, compute.dtype))
         return jax.tree.map(jnp.add, sums, Sums(gradients, metrics)), seen
 
-    return jax.jit(accumulate, donate_argnums=3, out_shardings=(sums_sharding, None))
+    return jax.jit(
+        accumulate,
+        donate_argnums=3,
+        out_shardings=(sums_sharding, None),
+        compiler_options=compiler_options(compute.platform, "step"),
+    )
 
 
 def metric_names(objective: Objective) -> tuple[str, ...]:

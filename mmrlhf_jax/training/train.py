@@ -34,10 +34,12 @@ from mmrlhf_jax.training.data import (
     plan_data,
     plan_held_out,
     scores_fingerprint,
+    shapes_of,
     with_reference,
 )
 from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, say
 from mmrlhf_jax.training.environment import note_environment
+from mmrlhf_jax.training.fit import device_memory, fit
 from mmrlhf_jax.training.held_out import check_metric, make_evaluate
 from mmrlhf_jax.training.metrics import Clock, MetricsLog, check_log, open_log
 from mmrlhf_jax.training.model import model_fingerprint, with_fresh_adapters
@@ -92,7 +94,17 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     # --- data --------------------------------------------------------------------------------------------------------
     renderer = renderer_of(recipe, start)
     measured = measure_data(recipe, open_dataset(recipe.dataset), renderer)
-    config, compute = start.config, compute_of(recipe, mesh)
+    config = start.config
+    fitted = fit(
+        recipe,
+        config,
+        mesh,
+        shapes_of(measured, config, share),
+        platform=mesh.devices.flat[0].platform,
+        memory=device_memory(),
+    )
+    recipe, compute = fitted.recipe, compute_of(fitted.recipe, mesh)
+    say(str(fitted))
     data = plan_data(recipe, measured, config, share)
     say(*describe(data, lambda bucket: attention_of(compute, config, bucket)))
     fingerprints = {

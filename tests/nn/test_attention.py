@@ -119,3 +119,61 @@ def test_padding_stays_finite():
     x = jnp.ones((len(BRANCHES), LENGTH, 2, 8))
     attend = jax.jit(partial(group_attention, rule=rule, backend="xla", platform="cpu"))
     assert np.isfinite(np.asarray(attend(x, x, x))).all()
+
+
+# --- what accelerators run, as far as a CPU can say -----------------------------------------------------------------
+
+
+def long_rule(prompt: int, lengths: list[int]) -> GroupRule:
+    """Prompts of `lengths` in `prompt` slots, two answers of 20 and 9 tokens behind each."""
+    position, branch = (np.zeros((len(lengths), prompt + 32), np.int32) for _ in range(2))
+    branch[:] = PADDING
+    position[:, :prompt] = np.arange(prompt)
+    for row, length in enumerate(lengths):
+        branch[row, :length] = -1
+        for k, (start, count) in enumerate([(0, 20), (20, 9)]):
+            at = slice(prompt + start, prompt + start + count)
+            position[row, at], branch[row, at] = length + np.arange(count), k
+    return GroupRule(jnp.asarray(position), jnp.asarray(branch), jnp.asarray(lengths, jnp.int32), prompt=prompt)
+
+
+def interpreted_splash(monkeypatch):
+    """The TPU kernel itself, its program run by pallas' interpreter."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    monkeypatch.setattr(splash, "make_splash_mha_single_device", partial(splash.make_splash_mha, interpret=True,
+                        head_shards=1, q_seq_shards=1))  # fmt: skip
+
+
+def cudnn_by_xla(monkeypatch):
+    """What is asked of cuDNN, answered by jax's own form of the same function."""
+    asked = jax.nn.dot_product_attention
+
+    def answer(*arrays, implementation, **options):
+        assert implementation == "cudnn"
+        return asked(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answer)
+
+
+@pytest.mark.parametrize(
+    ("backend", "platform", "stand_in", "head_dim"),
+    [("splash", "tpu", interpreted_splash, 64), ("splash", "tpu", interpreted_splash, 128),
+     ("cudnn", "gpu", cudnn_by_xla, 64)],
+)  # fmt: skip
+def test_what_accelerators_run_equals_xla_forward_and_backward(monkeypatch, backend, platform, stand_in, head_dim):
+    stand_in(monkeypatch)
+    rule = long_rule(256, [256, 131])
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 288, heads, head_dim)).astype(np.float32) for heads in (4, 2, 2))
+    slope = rng.normal(size=q.shape).astype(np.float32)
+    real = (np.asarray(rule.branch) != PADDING)[..., None, None]
+
+    def value_and_gradients(backend, platform):
+        def total(*x):
+            return (jnp.where(real, group_attention(*x, rule, backend=backend, platform=platform), 0) * slope).sum()
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+
+    ours, wanted = value_and_gradients(backend, platform), value_and_gradients("xla", "cpu")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4), ours, wanted)

@@ -17,11 +17,11 @@ from mmrlhf_jax.nn.params import count
 from mmrlhf_jax.nn.sharding import MeshConfig, make_mesh, shape_of_mesh
 from mmrlhf_jax.objectives import DPO, MMDPO, CritiqueReward
 from mmrlhf_jax.planning.compiled import Compiled, TooLarge, read_exhaustion, traced_flops
-from mmrlhf_jax.planning.memory import footprint, gathered_bytes
 from mmrlhf_jax.planning.plan import Choices, CompiledBucket, make_plan
 from mmrlhf_jax.planning.report import as_json, lines, verdict
 from mmrlhf_jax.planning.step_time import Load, micro_batches, step_time
 from mmrlhf_jax.planning.topology import Target, candidates, read_target
+from mmrlhf_jax.training.memory import footprint, gathered_bytes
 from mmrlhf_jax.training.planning import (
     abstract_batch,
     abstract_run,
@@ -74,22 +74,27 @@ def test_bytes_on_a_device_by_hand():
     assert kept["reference model"] == 2 * (trains + tower)
 
 
-@pytest.mark.parametrize("first_moment", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "moments", [("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "factored")], ids="-".join
+)
 @pytest.mark.parametrize("mesh", [MeshConfig(), MIXED])
 @pytest.mark.parametrize("lora", [0, 4])
-def test_xla_is_given_exactly_the_bytes_that_are_planned(mesh, lora, first_moment):
+def test_xla_is_given_exactly_the_bytes_that_are_planned(mesh, lora, moments):
     recipe = Recipe(
-        objective=DPO(), lora=LoraConfig(rank=lora), optimizer=OptimizerConfig(first_moment=first_moment),
+        objective=DPO(), lora=LoraConfig(rank=lora),
+        optimizer=OptimizerConfig(first_moment=moments[0], second_moment=moments[1]),
         compute=ComputeConfig(dtype="float32"),
     )  # fmt: skip
     here = make_mesh(mesh)
     run = abstract_run(recipe, TINY, here)
     memory = lower_apply(recipe, TINY, here).compile().memory_analysis()
-    assert memory.argument_size_in_bytes == bytes_per_device((run.state, run.sums))
+    # a factored moment has places of one number that stay unused, and jit drops them
+    unused = 8 * len(jax.tree.leaves(run.state.trainable)) if moments[1] == "factored" else 0
+    assert 0 <= bytes_per_device((run.state, run.sums)) - memory.argument_size_in_bytes <= unused
     kept = footprint(recipe, TINY, BUCKET, here, responses=4, platform="cpu").kept
     without = bytes_per_device(abstract_batch(BUCKET, 4, TINY, here)) * 2
     steps = 4  # the state's own counter
-    assert memory.argument_size_in_bytes == sum(kept.values()) - without + steps
+    assert 0 <= sum(kept.values()) - without + steps - memory.argument_size_in_bytes <= unused
 
 
 def test_the_gradient_step_is_given_parameters_sums_and_a_batch():
@@ -260,15 +265,14 @@ def test_what_names_no_chips_is_bad_usage(topology, device, message):
 # --- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_7b_does_not_fit_one_h200_and_what_would_is_said():
+def test_a_full_7b_with_adams_moments_does_not_fit_one_h200_and_what_would_is_said():
     plan = planned(FULL_7B, read_target("", "h200:1", 1))
     assert not plan.fits
-    # 7.63 billion in 4 + 4 + 2 + 4 bytes, and once more 4 for the gradients of a micro-batch
-    assert plan.footprints[0].total > 7.63e9 * 18
+    # 7.63 billion in 4 + 4 + 2 + 4 bytes; kernels rounded, and the gradients of a micro-batch, in 2 each
+    assert plan.footprints[0].total > 7.63e9 * 17.5
     assert verdict(plan).startswith("does not fit h200:1: needs 1")
     changes = {change.flags: change.total for change in plan.changes}
-    assert any("--data.slots-per-device" in flags for flags in changes)
-    assert changes["--lora.rank 16"] < 141e9
+    assert changes["--lora.rank 16"] < changes["--optimizer.second-moment factored"] < 141e9
     text = "\n".join(lines(plan))
     assert "what would need less, by the estimate" in text
     assert "h200:2" in text
@@ -289,7 +293,28 @@ def test_flags_that_are_offered_need_less_and_are_none_that_are_set():
     assert names[-1] == "all of these but adapters"
     assert plan.changes[-1].total == min(c.total for c in plan.changes if "lora" not in c.flags)
     plan = planned(FULL_7B, read_target("", "h200:1", 1))
-    assert not any("remat" in change.flags or "moment" in change.flags for change in plan.changes)
+    assert not any("remat" in change.flags or "first-moment" in change.flags for change in plan.changes)
+
+
+def test_a_full_7b_fits_one_h200_and_half_a_billion_24_gb_with_what_is_left_open():
+    """Full fine-tuning, fp32 parameters; how much is recomputed and how many groups share a micro-batch are chosen."""
+    open_ = dataclasses.replace(FULL_7B, data=DataConfig())
+    lean = OptimizerConfig(first_moment="bfloat16", second_moment="factored")
+    plan = planned(dataclasses.replace(open_, optimizer=lean), read_target("", "h200:1", 1))
+    assert plan.fits
+    assert plan.recipe.compute.remat == "projections"
+    half = make_plan(open_, read_target("", "rtx4090:1", 1), Choices(shape="0.5b", estimate=True), progress=print)
+    assert half.fits
+    assert half.recipe.compute.remat == "projections"
+    assert half.loads[0].bucket.groups > 1
+
+
+def test_changes_of_one_part_of_a_recipe_add_up():
+    plan = planned(dataclasses.replace(FULL_7B, optimizer=OptimizerConfig()), read_target("", "h200:1", 1))
+    changes = {change.flags: change.total for change in plan.changes}
+    both = {name: plan.needs - total for name, total in changes.items() if name.startswith("--optimizer")}
+    assert len(both) == 2
+    assert plan.needs - changes["all of these but adapters"] >= 0.99 * sum(both.values())
 
 
 def test_the_slots_offered_are_those_that_leave_one_group_a_device():

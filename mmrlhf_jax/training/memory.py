@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import optax
-
 from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.nn.attention import QUERY_BLOCK, TIERS, choose_backend
@@ -22,7 +20,8 @@ from mmrlhf_jax.nn.sharding import BATCH_AXES, AnyMesh
 from mmrlhf_jax.objectives import ScalarReward
 from mmrlhf_jax.training.planning import AbstractRun, abstract_batch, abstract_run, bytes_per_device
 from mmrlhf_jax.training.recipe import Recipe
-from mmrlhf_jax.training.state import combine, rate_of
+from mmrlhf_jax.training.state import combine, first_moment, rate_of
+from mmrlhf_jax.training.step import multiplied_in_compute_dtype
 
 # XLA was seen to take up to this much of the estimate: of 0.5B and 7B with the typical bucket for v5e, v5p and v6e, of
 # 0.5B with each rung for CPUs. Of a bucket so small that little but weights is estimated it took up to 1.3.
@@ -86,7 +85,7 @@ def kept_bytes(run: AbstractRun, batch: Any) -> dict[str, int]:
     """What lies on a device from step to step, and a micro-batch while the next one is on its way."""
     state = run.state
     moments = bytes_per_device(state.optimizer)
-    first = bytes_per_device(optax.tree_utils.tree_get(state.optimizer, "mu", ()))
+    first = bytes_per_device(first_moment(state.optimizer))
     return {
         "parameters that train, fp32": bytes_per_device(state.trainable),
         "frozen parameters": bytes_per_device(state.frozen),
@@ -115,15 +114,19 @@ def _axes(leaf: Any) -> set[str]:
 def _passing(
     recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, local: Local, run: AbstractRun, platform: str
 ) -> dict[str, float]:
-    rung, policy = recipe.compute.remat, combine(run.state.trainable, run.state.frozen)
+    rung, policy = recipe.compute.rung, combine(run.state.trainable, run.state.frozen)
     layer = gathered_bytes(policy.decoder.layers, local.value) / config.decoder.layers
     decoder = rate_of("decoder", recipe.optimizer.rates) > 0 and not recipe.lora.rank
-    gradients = {GRADIENTS: float(bytes_per_device(run.sums.gradients))}
+    kernels = sum(
+        bytes_per_device(leaf) for name, leaf in named_leaves(run.state.trainable) if multiplied_in_compute_dtype(name)
+    )
+    rounded = kernels * local.value / 4
+    gradients = {GRADIENTS: bytes_per_device(run.sums.gradients) - kernels + rounded}
     layers = {
         f"what layers keep, remat {rung!r}": config.decoder.layers * saved_of_decoder_layer(config, bucket, local, rung)
     }
-    if local.value < 4:  # of all layers: XLA moves the rounding out of their loop
-        layers["weights, rounded"] = bytes_per_device(run.state.trainable.decoder.layers) * local.value / 4
+    if local.value < 4:
+        layers["kernels, rounded"] = rounded
     features = {"picture features": _features(config, bucket, local)}
     tower = {"at work on the tower": _working_tower(config, bucket, local)}
     if rate_of("tower", recipe.optimizer.rates):
