@@ -124,7 +124,7 @@ def stored_scores(dataset: Dataset, asked: str, command: str) -> dict[int, tuple
         if missing := sorted(set(row_of.values()) - rewards.keys()):
             raise ValueError(
                 f"{part.path}: {len(missing)} groups have no reward yet (row {missing[0]} first). Finish them: "
-                f"{_made_by(store).get('command', command)}"
+                f"{made_by(store).get('command', command)}"
             )
         found |= {row: rewards[own].score for row, own in row_of.items()}
     return found
@@ -149,7 +149,8 @@ def note_command(store: AnnotationStore, model: str, command: str) -> None:
         storage.write_whole(store.directory / MADE_BY, text.encode())
 
 
-def _made_by(store: AnnotationStore) -> dict[str, str]:
+def made_by(store: AnnotationStore) -> dict[str, str]:
+    """What `note_command` left: `model` and `command`; empty where it did not."""
     file = store.directory / MADE_BY
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -158,4 +159,4 @@ def _described(store: AnnotationStore) -> str:
     key, sampling = store.key, store.key["sampling"] or {}
     drawn = ", ".join(f"{name} {value}" for name, value in sampling.items() if value or name == "temperature")
     said = f"critiques {key['critiques']}, {key['samples']} samples" + (f" ({drawn})" if drawn else "")
-    return f"{said}, {key['dtype']}, model {_made_by(store).get('model', key['model'][:12])}"
+    return f"{said}, {key['dtype']}, model {made_by(store).get('model', key['model'][:12])}"

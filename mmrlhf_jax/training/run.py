@@ -2,6 +2,7 @@
 
 RUN/recipe.json       the resolved recipe
 RUN/start.json        fingerprints of what the run started from
+RUN/environment.jsonl what it ran on: one line a start or resumption
 RUN/model/            config, tokenizer, templates of the model it started from
 RUN/checkpoints/N/    parameters, optimizer and data position after N steps; of a LoRA run only what trains
 RUN/metrics.jsonl     one line a step
@@ -38,6 +39,7 @@ class RunDirectory:
 
     recipe = property(lambda self: self.path / "recipe.json")
     start = property(lambda self: self.path / "start.json")
+    environment = property(lambda self: self.path / "environment.jsonl")
     model = property(lambda self: self.path / "model")
     checkpoints = property(lambda self: self.path / "checkpoints")
     metrics = property(lambda self: self.path / "metrics.jsonl")

@@ -102,7 +102,7 @@ def start_run(run: RunDirectory, recipe: Recipe, start: LoadedModel, fingerprint
         return
     wait_for_all("every process has seen that the run is new")
     if is_speaker():
-        for stale in (run.recipe, run.metrics, run.evaluation):  # of a start that came to nothing
+        for stale in (run.recipe, run.environment, run.metrics, run.evaluation):  # of a start that came to nothing
             if stale.exists():
                 stale.unlink()
         if run.model.exists():

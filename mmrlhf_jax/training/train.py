@@ -38,6 +38,7 @@ from mmrlhf_jax.training.data import (
     with_reference,
 )
 from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, say
+from mmrlhf_jax.training.environment import note_environment
 from mmrlhf_jax.training.fit import device_memory, fit
 from mmrlhf_jax.training.held_out import check_metric, make_evaluate
 from mmrlhf_jax.training.metrics import Clock, MetricsLog, check_log, open_log
@@ -115,11 +116,12 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     loader = with_reference(data.loader, measured.dataset, recipe, fingerprints["model"], renderer)
     held_out = None
     if recipe.evaluation.every:
+        aside = measured
         if recipe.evaluation.dataset:
-            measured = measure_data(recipe, open_dataset(recipe.evaluation.dataset), renderer, held_out=True)
-            fingerprints["evaluation"] = measured.dataset.fingerprint
-        held_out = plan_held_out(recipe, measured, config, share)
-        watched = with_reference(held_out.loader, measured.dataset, recipe, fingerprints["model"], renderer)
+            aside = measure_data(recipe, open_dataset(recipe.evaluation.dataset), renderer, held_out=True)
+            fingerprints["evaluation"] = aside.dataset.fingerprint
+        held_out = plan_held_out(recipe, aside, config, share)
+        watched = with_reference(held_out.loader, aside.dataset, recipe, fingerprints["model"], renderer)
         held_out = dataclasses.replace(held_out, loader=watched)
     position = {"plan": data.plan.fingerprint, **fingerprints}
     check_agreement("recipe, model or data", json.dumps([flatten(recipe), position]))
@@ -134,6 +136,7 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     del start, params
     state = resume(checkpoints, state, shardings, position, whole=not lora)
     first_step = int(state.step)
+    note_environment(run, first_step, mesh)
     records += [record for record in read_lines(run.evaluation) if record["step"] <= first_step]
 
     # --- the compiled functions --------------------------------------------------------------------------------------

@@ -141,6 +141,19 @@ def test_a_row_that_a_mixture_repeats_is_evaluated_once(small_world, tmp_path):
     assert {record["groups"] for record in evaluations(tmp_path / "run")} == {len(aside)}
 
 
+def test_the_evaluation_dataset_may_be_smaller_than_what_is_trained_on(small_world, tmp_path):
+    """The step's tokens are counted from the lengths of the rows that train."""
+    mixture = tmp_path / "few.json"
+    mixture.write_text(json.dumps({"parts": [{"dataset": small_world.dataset, "limit": 3}]}))
+    data = dataclasses.replace(recipe(small_world).data, max_steps=1)
+    for name, evaluation in (("few", EvaluationConfig(every=1, dataset=str(mixture))), ("none", EvaluationConfig())):
+        train(recipe(small_world, evaluation, data=data), tmp_path / name)
+    few, none = (
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("few", "none")
+    )
+    assert few["tokens_per_second"] * few["seconds"] == pytest.approx(none["tokens_per_second"] * none["seconds"])
+
+
 def test_a_share_that_leaves_a_side_empty_is_refused():
     groups = [Group("0", (Turn("user", "?"),), (), (), (), ())]
     with pytest.raises(ValueError, match=r"sets \d of 1 groups aside: choose a share that leaves groups on both sides"):
