@@ -24,8 +24,17 @@ from typing import Any
 import tyro
 
 from mmrlhf_jax.command import UsageError, run_command
-from mmrlhf_jax.data.sources import digit_boards
-from mmrlhf_jax.data.sources.digit_boards import WorldConfig
+from mmrlhf_jax.data.digit_boards import measures
+from mmrlhf_jax.data.digit_boards.boards import Scene
+from mmrlhf_jax.data.digit_boards.world import (
+    MAPPING,
+    SPLITS,
+    WorldConfig,
+    plain_world,
+    read_questions,
+    scene_of,
+    write_world,
+)
 from mmrlhf_jax.quickstart import new_model, pair_accuracy
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 
@@ -67,13 +76,13 @@ def main() -> None:
     output = Path(arguments.output)
     claim(output, "quickstart", {k: v for k, v in dataclasses.asdict(arguments).items() if k != "output"})
     stages, world = Stages(output, LAUNCH), output / "world"
-    config = WorldConfig(arguments.boards, arguments.held_out_boards, seed=arguments.seed)
-    stages.call("world", world, lambda: digit_boards.write_world(world, config))
+    config = plain_world(arguments.boards, arguments.held_out_boards, arguments.seed)
+    stages.call("world", world, lambda: write_world(world, config))
     stages.call("model", output / "model", lambda: _new_model(output / "model", world, config.side, arguments.seed))
-    for split in digit_boards.SPLITS:
+    for split in SPLITS:
         stages.program(
             f"prepare_{split}", output / "data" / split, "prepare", "--source", "mapped",
-            "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *digit_boards.MAPPING,
+            "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *MAPPING,
             "--model", output / "model", "--output", output / "data" / split,
         )  # fmt: skip
     _train(stages, "sft", output / "model", arguments.sft_steps, arguments.seed)
@@ -107,7 +116,7 @@ def _annotate(stages: Stages, split: str, policy: str) -> None:
 
 
 def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
-    rows = digit_boards.read_questions(world, "train")
+    rows = read_questions(world, "train")
     new_model(directory, side, [text for row in rows for text in (row["question"], *row["answers"])], seed)
 
 
@@ -128,7 +137,7 @@ def _evaluate(output: Path, results: Path) -> None:
     set_up_jax("float32")
     dataset, mesh = open_dataset(output / "data" / "held_out"), make_mesh(MeshConfig())
     groups = [dataset.with_media(row) for row in range(len(dataset))]
-    truth = {row["id"]: digit_boards.board_of(row) for row in digit_boards.read_questions(output / "world", "held_out")}
+    truth = {row["id"]: scene_of(row) for row in read_questions(output / "world", "held_out")}
     boards = [truth[group.id] for group in groups]
     found: dict[str, Any] = {}
     reference: list[Any] = []
@@ -169,17 +178,10 @@ def _response_logps(dataset: Any, renderer: Any, key: Mapping[str, str]) -> list
     ]
 
 
-def _hallucination(boards: list[digit_boards.Board], groups: list[Any], said: list[str]) -> dict[str, float]:
-    """Share of wrong claims, over all questions and over those of each kind."""
-    counts: dict[str, list[int]] = {"all": [0, 0]}
-    for board, group, text in zip(boards, groups, said, strict=True):
-        question = group.prompt[0].text
-        wrong, total = digit_boards.wrong_claims(board, question, text)
-        for kind in ("all", digit_boards.Question.parse(question).kind):
-            count = counts.setdefault(kind, [0, 0])
-            count[0] += wrong
-            count[1] += total
-    return {kind: wrong / total for kind, (wrong, total) in counts.items()}
+def _hallucination(scenes: list[Scene], groups: list[Any], said: list[str]) -> dict[str, float]:
+    """Share of wrong claims, over all questions and over those of each task."""
+    asked = [group.prompt[0].text for group in groups]
+    return measures.measure(zip(scenes, asked, said, strict=True)).hallucination
 
 
 def _table(results: dict[str, Any], summary: list[str], exported: Path) -> list[str]:

@@ -27,8 +27,16 @@ from typing import Any
 import tyro
 
 from mmrlhf_jax.command import UsageError, run_command
-from mmrlhf_jax.data.sources import digit_boards
-from mmrlhf_jax.data.sources.digit_boards import WorldConfig
+from mmrlhf_jax.data.digit_boards import measures
+from mmrlhf_jax.data.digit_boards.world import (
+    MAPPING,
+    SPLITS,
+    WorldConfig,
+    plain_world,
+    read_questions,
+    scene_of,
+    write_world,
+)
 from mmrlhf_jax.quickstart import new_model, pair_accuracy
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 
@@ -106,13 +114,13 @@ def _one_seed(output: Path, seed: int, arguments: Arguments) -> dict[str, float]
     print(f"seed {seed}")
     output.mkdir(exist_ok=True)
     stages, world, data = Stages(output, LAUNCH), output / "world", output / "data"
-    config = WorldConfig(arguments.boards, arguments.held_out_boards, seed=seed)
-    stages.call("world", world, lambda: digit_boards.write_world(world, config))
+    config = plain_world(arguments.boards, arguments.held_out_boards, seed)
+    stages.call("world", world, lambda: write_world(world, config))
     stages.call("model", output / "model", lambda: _new_model(output / "model", world, config.side, seed))
-    for split in digit_boards.SPLITS:
+    for split in SPLITS:
         stages.program(
             f"prepare_{split}", data / split, "prepare", "--source", "mapped",
-            "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *digit_boards.MAPPING,
+            "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *MAPPING,
             "--model", output / "model", "--output", data / split,
         )  # fmt: skip
     _train(stages, "sft", output / "model", arguments.sft_steps, seed)
@@ -148,7 +156,7 @@ def _annotate(stages: Stages, name: str) -> None:
 
 
 def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
-    rows = digit_boards.read_questions(world, "train")
+    rows = read_questions(world, "train")
     template = (RECIPES / "critique_template.txt").read_text()
     texts = [text for row in rows for text in (row["question"], *row["answers"], *row["reasons"])]
     new_model(directory, side, [*texts, *[template] * len(rows)], seed)
@@ -173,7 +181,7 @@ def _measure(output: Path, scorer: str, file: Path) -> None:
     groups, rewards = list(dataset.groups()), _rewards(dataset, output, SCORERS[scorer])
     found = {scorer: pair_accuracy(groups, [reward.score for reward in rewards])}
     if scorer == "generated":
-        truth = {row["id"]: row for row in digit_boards.read_questions(output / "world", "held_out")}
+        truth = {row["id"]: row for row in read_questions(output / "world", "held_out")}
         found |= _critique_measures(groups, rewards, truth)
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(found) + "\n")
@@ -201,12 +209,12 @@ def _critique_measures(
     """Of generated critiques: the share of true statements, and of critiques whose last one, the count, is true."""
     right = total = counted = critiques = 0
     for group, reward in zip(groups, rewards, strict=True):
-        board, question = digit_boards.board_of(truth[group.id]), group.prompt[0].text
+        scene, question = scene_of(truth[group.id]), group.prompt[0].text
         for response, (critique,) in zip(group.responses, reward.critiques, strict=True):
-            true, stated = digit_boards.critique_correctness(board, question, response.text, critique)
-            wrong, _ = digit_boards.wrong_claims(board, question, response.text)
+            true, stated = measures.critique_correctness(scene, question, response.text, critique)
+            wrong, _ = measures.wrong_claims(scene, question, response.text)
             right, total, critiques = right + true, total + stated, critiques + 1
-            counted += digit_boards.stated_count(critique) == str(wrong)
+            counted += measures.stated_count(critique) == str(wrong)
     return {"critique_statements": right / total, "critique_counts": counted / critiques}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from mmrlhf_jax.data.sources.digit_boards import CELL
+from mmrlhf_jax.data.digit_boards.boards import CELL
 from mmrlhf_jax.groups import Group
 
 
