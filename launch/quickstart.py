@@ -58,22 +58,22 @@ class Arguments:
 
     output: str = "runs/quickstart"
     """directory of everything that is made; the same command again resumes"""
-    boards: int = 1200
-    """boards to train on, two questions each, and a quarter as many clips"""
-    held_out_boards: int = 160
-    """boards of other digits to evaluate on, two questions each, and a quarter as many clips"""
-    sft_steps: int | None = None
-    """steps of supervised fine-tuning; the recipe's by default"""
-    reward_steps: int | None = None
-    """steps of the critique reward model; the recipe's by default"""
-    preference_steps: int | None = None
-    """steps of MM-DPO and of what runs beside it; the recipes' by default"""
+    boards: int = 1000
+    """boards to train on, three questions each, and a quarter as many clips with two"""
+    held_out_boards: int = 120
+    """boards of other digits to evaluate on, and clips, likewise"""
+    sft_steps: int = 420
+    """steps of supervised fine-tuning"""
+    reward_steps: int = 360
+    """steps of the critique reward model"""
+    preference_steps: int = 80
+    """steps of MM-DPO and of what runs beside it"""
     seed: int = 0
     """of the world, the model's weights and the order of the data"""
 
     def __post_init__(self) -> None:
         for name in ("boards", "held_out_boards", "sft_steps", "reward_steps", "preference_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            if (value := getattr(self, name)) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
 
 
@@ -124,11 +124,12 @@ def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
     new_model(directory, side, [*texts, *[template] * len(rows)], seed)
 
 
-def _train(stages: Stages, run: str, model: Path, steps: int | None, seed: int) -> None:
+def _train(stages: Stages, run: str, model: Path, steps: int, seed: int) -> None:
     directory = stages.output / run
-    flags = ["--model", model, "--dataset", stages.output / "data" / "train", "--output", directory, "--seed", seed]
-    flags += [] if steps is None else ["--data.max-steps", steps]
-    stages.program(run, directory / "complete.json", "train", RECIPES / f"{run}.py", *flags)
+    stages.program(
+        run, directory / "complete.json", "train", RECIPES / f"{run}.py", "--model", model,
+        "--dataset", stages.output / "data" / "train", "--output", directory, "--data.max-steps", steps, "--seed", seed,
+    )  # fmt: skip
 
 
 def _annotate_rewards(stages: Stages, split: str) -> None:

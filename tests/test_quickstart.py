@@ -18,7 +18,7 @@ from mmrlhf_jax.quickstart import read_answers
 from mmrlhf_jax.training.recipe import Recipe, read_recipe
 
 TINY = ("--boards", 24, "--held-out-boards", 8, "--sft-steps", 2, "--reward-steps", 1, "--preference-steps", 2)
-QUESTIONS = 2 * 8 + 2 * 2  # two a board, two a clip
+QUESTIONS = 3 * 8 + 2 * 2  # three a board, two a clip
 POLICIES = ("sft", "sft_best", "dpo", "mm_dpo")
 
 

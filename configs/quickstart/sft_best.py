@@ -21,7 +21,7 @@ recipe = Recipe(
     # one bucket, as compiling a second program takes longer than it saves here
     data=DataConfig(
         groups_per_step=32,
-        max_steps=60,
+        max_steps=80,
         responses="best",
         max_buckets=1,
         multiple=16,

@@ -31,7 +31,7 @@ from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.data.sources.rows import SourceOptions
 
 SMALL = WorldConfig(train_boards=40, held_out_boards=8, seed=3)
-GROUPS = {"train": 100, "held_out": 20}  # two questions a board, two a clip, a clip for every fourth board
+GROUPS = {"train": 140, "held_out": 28}  # three questions a board, two a clip, a clip for every fourth board
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +203,7 @@ def test_a_world_of_an_earlier_version_is_not_taken_for_this_one(tmp_path: Path)
         ({"noise": -1.0}, "negative"),
         ({"empty": 1.0}, "share"),
         ({"frames": 1}, "frames"),
+        ({"more": -1}, "negative"),
     ],
 )
 def test_a_world_that_cannot_be_is_refused(fields: dict, message: str) -> None:

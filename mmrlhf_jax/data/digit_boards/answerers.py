@@ -32,7 +32,7 @@ class Carelessness:
     refuse: float = 0.02
     """how often it refuses to answer what can be answered"""
     terse: float = 0.3
-    """how often it leaves out the end of a refusal (the reason) or of a choice (what it says)"""
+    """how often it leaves out the end of a refusal (the reason) or of a choice (its letter)"""
 
 
 def perceive(board: Board, habit: float, misread: float, rng: random.Random) -> Board:

@@ -110,9 +110,9 @@ class Question:
         return said(rows)
 
     def chosen(self, cell: Cell) -> str:
-        """The option that shows `cell`; where none does, people take the first."""
+        """The option that shows `cell`, what it says and its letter; where none does, people take the first."""
         number = self.options.index(cell) if cell in self.options else 0
-        return f"{LETTERS[number]} {word(self.options[number])}."
+        return f"{word(self.options[number])}, {LETTERS[number]}."
 
     def _refusal(self, scene: Scene) -> str | None:
         """Why the question cannot be answered, where it cannot."""

@@ -59,7 +59,9 @@ class WorldConfig:
     held_out_digits: float = 0.25
     """share of the 1,797 digit images that only held-out boards show"""
     tasks: tuple[Task, ...] = TASKS
-    """what is asked: of every board the whole of it, and one thing more of the other tasks; two things of a clip"""
+    """what is asked: of every board the whole of it and `more`, of other tasks; two things of a clip"""
+    more: int = 2
+    """questions about a board besides the whole of it, each of another task"""
     clips: float = 0.25
     """clips for each board, where `video` is among the tasks"""
     frames: int = 3
@@ -78,8 +80,8 @@ class WorldConfig:
         for name, value in {**shares, "habit": self.careless.habit, "misread": self.careless.misread}.items():
             if not 0 < value < 1:
                 raise ValueError(f"{name} is {value}; it is a share between 0 and 1")
-        if not 0 <= self.careless.refuse < 1 or self.noise < 0 or self.clips < 0:
-            raise ValueError("refuse is a share, below 1; noise and clips may be 0, not negative")
+        if not 0 <= self.careless.refuse < 1 or min(self.noise, self.clips, self.more) < 0:
+            raise ValueError("refuse is a share, below 1; noise, clips and more may be 0, not negative")
         if not self.tasks or len(set(self.tasks)) < len(self.tasks) or not set(self.tasks) <= set(TASKS):
             raise ValueError(
                 f"tasks are {', '.join(self.tasks) or 'missing'}; name some of {', '.join(TASKS)}, each once"
@@ -91,7 +93,7 @@ class WorldConfig:
 def plain_world(train_boards: int, held_out_boards: int, seed: int) -> WorldConfig:
     """The world that `launch/reward_quickstart.py` has been measured on: pictures only, four answers, exact ranks."""
     return WorldConfig(
-        train_boards, held_out_boards, tasks=("board", "row", "empty"), responses=(4, 4),
+        train_boards, held_out_boards, tasks=("board", "row", "empty"), more=1, responses=(4, 4),
         careless=Carelessness(refuse=0.0), noise=0.0, seed=seed,
     )  # fmt: skip
 
@@ -138,7 +140,7 @@ Rows = Iterator[dict[str, Any]]
 def _boards(split: str, count: int, pictures: Pictures, media: Path, config: WorldConfig) -> Rows:
     """The questions about `count` boards; their pictures are written on the way."""
     rng = random.Random(f"{split} {config.seed}")
-    for number in range(count if set(config.tasks) - {"video"} else 0):
+    for number in range(0 if config.tasks == ("video",) else count):
         board = random_board(config.side, config.empty, rng)
         name = f"{number:05d}.png"
         picture(board, pictures, rng).save(media / name)
@@ -170,17 +172,18 @@ def _clips(split: str, count: int, pictures: Pictures, media: Path, config: Worl
 
 
 def _questions(board: Board, config: WorldConfig, rng: random.Random) -> list[Question]:
-    """The whole board, and one thing more: the empty cells, or three times as likely (on three rows) each of the
-    others."""
+    """The whole board, and more: the empty cells, or (on three rows) three times as likely each of the other tasks."""
     rows = range(1, config.side + 1)
-    more: list[Question | Task] = []
-    more += [Question("row", place) for place in rows] if "row" in config.tasks else []
-    more += [Question("empty")] if "empty" in config.tasks else []
-    more += [task for task in ("choice", "unanswerable") if task in config.tasks for _ in rows]
+    pool: list[tuple[Task, Question | None]] = []
+    pool += [("row", Question("row", place)) for place in rows] if "row" in config.tasks else []
+    pool += [("empty", Question("empty"))] if "empty" in config.tasks else []
+    pool += [(task, None) for task in ("choice", "unanswerable") if task in config.tasks for _ in rows]
     asked = [Question("board")] if "board" in config.tasks else []
-    if more:
-        one = rng.choice(more)
-        asked.append(one if isinstance(one, Question) else _drawn(one, board, rng))
+    for _ in range(config.more):
+        if pool:
+            task, question = rng.choice(pool)
+            asked.append(question or _drawn(task, board, rng))
+            pool = [other for other in pool if other[0] != task]
     return asked
 
 
