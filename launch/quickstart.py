@@ -62,18 +62,18 @@ class Arguments:
     """boards to train on, three questions each, and a quarter as many clips with two"""
     held_out_boards: int = 120
     """boards of other digits to evaluate on, and clips, likewise"""
-    sft_steps: int = 420
-    """steps of supervised fine-tuning"""
-    reward_steps: int = 360
-    """steps of the critique reward model"""
-    preference_steps: int = 80
-    """steps of MM-DPO and of what runs beside it"""
+    sft_steps: int | None = None
+    """steps of supervised fine-tuning; the recipe's by default"""
+    reward_steps: int | None = None
+    """steps of the critique reward model; the recipe's by default"""
+    preference_steps: int | None = None
+    """steps of MM-DPO and of what runs beside it; the recipes' by default"""
     seed: int = 0
     """of the world, the model's weights and the order of the data"""
 
     def __post_init__(self) -> None:
         for name in ("boards", "held_out_boards", "sft_steps", "reward_steps", "preference_steps"):
-            if (value := getattr(self, name)) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
 
 
@@ -85,13 +85,14 @@ def main() -> None:
     claim(output, "quickstart", {k: v for k, v in dataclasses.asdict(arguments).items() if k != "output"})
     stages = Stages(output, LAUNCH)
     _data(stages, arguments)
-    _train(stages, "sft", output / "model", arguments.sft_steps, arguments.seed)
-    _train(stages, "critique_reward", output / "sft", arguments.reward_steps, arguments.seed)
+    seed = arguments.seed
+    _train(stages, "sft", "sft_tasks", output / "model", arguments.sft_steps, seed)
+    _train(stages, "critique_reward", "critique_reward_tasks", output / "sft", arguments.reward_steps, seed)
     for split in SPLITS:
         _annotate_rewards(stages, split)
     _annotate_logps(stages, "train", "sft")
     for policy in ALIGNED:
-        _train(stages, policy, output / "sft", arguments.preference_steps, arguments.seed)
+        _train(stages, policy, policy, output / "sft", arguments.preference_steps, seed)
     for policy in POLICIES:
         _annotate_logps(stages, "held_out", policy)
         _generate(stages, policy)
@@ -121,15 +122,14 @@ def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
     rows = read_questions(world, "train")
     template = (RECIPES / "critique_template.txt").read_text()
     texts = [text for row in rows for text in (row["question"], *row["answers"], *row["reasons"])]
-    new_model(directory, side, [*texts, *[template] * len(rows)], seed)
+    new_model(directory, side, [*texts, *[template] * len(rows)], seed, heads=4)
 
 
-def _train(stages: Stages, run: str, model: Path, steps: int, seed: int) -> None:
+def _train(stages: Stages, run: str, recipe: str, model: Path, steps: int | None, seed: int) -> None:
     directory = stages.output / run
-    stages.program(
-        run, directory / "complete.json", "train", RECIPES / f"{run}.py", "--model", model,
-        "--dataset", stages.output / "data" / "train", "--output", directory, "--data.max-steps", steps, "--seed", seed,
-    )  # fmt: skip
+    flags = ["--model", model, "--dataset", stages.output / "data" / "train", "--output", directory, "--seed", seed]
+    flags += [] if steps is None else ["--data.max-steps", steps]
+    stages.program(run, directory / "complete.json", "train", RECIPES / f"{recipe}.py", *flags)
 
 
 def _annotate_rewards(stages: Stages, split: str) -> None:

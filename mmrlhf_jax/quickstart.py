@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Rows = Mapping[str, dict[str, Any]]  # lines of a world, by their id
 
 
-def new_model(directory: Path, side: int, texts: Iterable[str], seed: int) -> None:
+def new_model(directory: Path, side: int, texts: Iterable[str], seed: int, heads: int = 2) -> None:
     """A LLaVA-OneVision of under a million parameters whose patches are the cells of a board, `side` x `side` of them.
 
     Its tokens are learned from `texts`. Random weights; starts a jax backend.
@@ -42,8 +42,8 @@ def new_model(directory: Path, side: int, texts: Iterable[str], seed: int) -> No
         LlavaOnevisionConfig(
             tower=SiglipConfig(embed=96, layers=1, heads=2, mlp=256, image_size=pixels, patch_size=CELL),
             decoder=Qwen2Config(
-                embed=128, layers=3, heads=2, kv_heads=2, head_dim=64, mlp=256, rope_theta=1e4, tied=True,
-                max_positions=256,
+                embed=128, layers=3, heads=heads, kv_heads=heads, head_dim=128 // heads, mlp=256, rope_theta=1e4,
+                tied=True, max_positions=256,
             ),
             pinpoints=((pixels, pixels),),
         ),

@@ -20,7 +20,7 @@ from mmrlhf_jax.training.recipe import (
 recipe = Recipe(
     objective=DPO(gamma=0.25),
     # one bucket, as compiling a second program takes longer than it saves here
-    data=DataConfig(groups_per_step=32, max_steps=80, max_buckets=1, multiple=16, slots_per_device=8192),
+    data=DataConfig(groups_per_step=16, max_steps=140, max_buckets=1, multiple=16, slots_per_device=8192),
     optimizer=OptimizerConfig(learning_rate=5e-4, rates=PartRates(tower=1.0)),
     compute=ComputeConfig(dtype="float32"),
     checkpoint=CheckpointConfig(every=1000, keep=1),

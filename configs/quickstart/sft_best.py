@@ -20,8 +20,8 @@ recipe = Recipe(
     objective=Supervised(),
     # one bucket, as compiling a second program takes longer than it saves here
     data=DataConfig(
-        groups_per_step=32,
-        max_steps=80,
+        groups_per_step=16,
+        max_steps=140,
         responses="best",
         max_buckets=1,
         multiple=16,
