@@ -1,14 +1,17 @@
-"""The whole pipeline on a laptop CPU: a small model learns to read boards of real handwritten digits, and MM-DPO
-teaches it not to claim what is not there.
+"""The whole of MM-RLHF on a laptop CPU: a small model learns to read boards of real handwritten digits from answers of
+mixed quality, a reward model learns to criticise answers, and MM-DPO on its margins teaches the first not to claim what
+is not there.
 
     python launch/quickstart.py --output runs/quickstart
 
 Needs `pip install 'mmrlhf-jax[quickstart]'`; downloads nothing. Every stage is a program a user calls, printed before
-it runs: prepare, train (SFT on answers of mixed quality), annotate (reference log-probs), train (MM-DPO and, beside it,
-SFT on the best answers for as many steps), export. At the end a table says how often each policy claims what is wrong,
-and how well it prefers the better of two answers, on boards of digits it never saw. It runs on the CPU unless
-JAX_PLATFORMS says otherwise. The same command again resumes; finished stages are not run again. Exit codes: 0 done,
-1 failed, 2 bad usage, 75 interrupted.
+it runs: prepare; train (SFT); train (the critique reward model, from the annotators' reasons); annotate (critiques and
+scores of every answer, and reference log-probs); train (MM-DPO on the reward model's margins and, beside it for as many
+steps, DPO and SFT on the best answers); generate; export. At the end a table says of each policy how often it claims
+what is wrong, by task, whether it refuses what cannot be told and only that, how much it says, and how well it prefers
+the better of two answers: on boards of digits it never saw, counted against what is true. The annotators' ranks are
+wrong now and then, as people's are. It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again
+resumes; finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted.
 """
 
 from __future__ import annotations
@@ -24,38 +27,52 @@ from typing import Any
 import tyro
 
 from mmrlhf_jax.command import UsageError, run_command
-from mmrlhf_jax.data.sources import digit_boards
-from mmrlhf_jax.data.sources.digit_boards import WorldConfig
-from mmrlhf_jax.quickstart import new_model, pair_accuracy
+from mmrlhf_jax.data.digit_boards.questions import TASKS
+from mmrlhf_jax.data.digit_boards.world import MAPPING, SPLITS, WorldConfig, read_questions, write_world
+from mmrlhf_jax.quickstart import (
+    annotator_accuracy,
+    critique_measures,
+    known_pairs,
+    measured_answers,
+    new_model,
+    pair_accuracy,
+    read_answers,
+    response_logps,
+    stored_rewards,
+    write_marked,
+)
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 
 LAUNCH = Path(__file__).resolve().parent
 RECIPES = LAUNCH.parent / "configs" / "quickstart"
-POLICIES = {"sft": "SFT (before)", "sft_best": "SFT on the best", "mm_dpo": "MM-DPO"}
+POLICIES = {"sft": "SFT (before)", "sft_best": "SFT on the best", "dpo": "DPO", "mm_dpo": "MM-DPO"}
+ALIGNED = ("sft_best", "dpo", "mm_dpo")
 MULTIPLE = 16  # prompts are short: padding to 128 would be most of the work
-MOST_TOKENS = 24  # of an answer; the longest right one has 14
+MOST_TOKENS = 24  # of an answer or a critique; the longest right ones have 14 and 17
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """A small model learns to read boards of handwritten digits, and MM-DPO teaches it not to claim what is not
-    there."""
+    """A small model learns to read boards of handwritten digits, and MM-DPO on the margins of a critique reward model
+    teaches it not to claim what is not there."""
 
     output: str = "runs/quickstart"
     """directory of everything that is made; the same command again resumes"""
-    boards: int = WorldConfig.train_boards
-    """boards to train on, two questions each"""
-    held_out_boards: int = WorldConfig.held_out_boards
-    """boards of other digits to evaluate on, two questions each"""
+    boards: int = 1000
+    """boards to train on, three questions each, and a quarter as many clips with two"""
+    held_out_boards: int = 120
+    """boards of other digits to evaluate on, and clips, likewise"""
     sft_steps: int | None = None
     """steps of supervised fine-tuning; the recipe's by default"""
+    reward_steps: int | None = None
+    """steps of the critique reward model; the recipe's by default"""
     preference_steps: int | None = None
-    """steps of MM-DPO and of its control; the recipes' by default"""
+    """steps of MM-DPO and of what runs beside it; the recipes' by default"""
     seed: int = 0
     """of the world, the model's weights and the order of the data"""
 
     def __post_init__(self) -> None:
-        for name in ("boards", "held_out_boards", "sft_steps", "preference_steps"):
+        for name in ("boards", "held_out_boards", "sft_steps", "reward_steps", "preference_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
 
@@ -66,143 +83,160 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="quickstart.py", description=__doc__)
     output = Path(arguments.output)
     claim(output, "quickstart", {k: v for k, v in dataclasses.asdict(arguments).items() if k != "output"})
-    stages, world = Stages(output, LAUNCH), output / "world"
-    config = WorldConfig(arguments.boards, arguments.held_out_boards, seed=arguments.seed)
-    stages.call("world", world, lambda: digit_boards.write_world(world, config))
-    stages.call("model", output / "model", lambda: _new_model(output / "model", world, config.side, arguments.seed))
-    for split in digit_boards.SPLITS:
-        stages.program(
-            f"prepare_{split}", output / "data" / split, "prepare", "--source", "mapped",
-            "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *digit_boards.MAPPING,
-            "--model", output / "model", "--output", output / "data" / split,
-        )  # fmt: skip
-    _train(stages, "sft", output / "model", arguments.sft_steps, arguments.seed)
-    _annotate(stages, "train", "sft")
-    for policy in ("mm_dpo", "sft_best"):
-        _train(stages, policy, output / "sft", arguments.preference_steps, arguments.seed)
+    stages = Stages(output, LAUNCH)
+    _data(stages, arguments)
+    seed = arguments.seed
+    _train(stages, "sft", "sft_tasks", output / "model", arguments.sft_steps, seed)
+    _train(stages, "critique_reward", "critique_reward_tasks", output / "sft", arguments.reward_steps, seed)
+    for split in SPLITS:
+        _annotate_rewards(stages, split)
+    _annotate_logps(stages, "train", "sft")
+    for policy in ALIGNED:
+        _train(stages, policy, policy, output / "sft", arguments.preference_steps, seed)
     for policy in POLICIES:
-        _annotate(stages, "held_out", policy)
+        _annotate_logps(stages, "held_out", policy)
+        _generate(stages, policy)
+    stages.call("evaluate", output / "results.json", lambda: _evaluate(output))
     exported = output / "mm_dpo_hf"
     stages.program("export", exported, "export", output / "mm_dpo", "--output", exported, "--dtype", "float32")
-    results = output / "results.json"
-    stages.call("evaluate", results, lambda: _evaluate(output, results))
-    print("\n".join(_table(json.loads(results.read_text()), stages.summary(), exported)))
+    _report(output)
+    print("\n".join([*_table(json.loads((output / "results.json").read_text())), "", *stages.summary()]))
+    print(f"the MM-DPO policy, ready for transformers: {exported}")
 
 
-def _train(stages: Stages, policy: str, model: Path, steps: int | None, seed: int) -> None:
-    run = stages.output / policy
-    flags = ["--model", model, "--dataset", stages.output / "data" / "train", "--output", run, "--seed", seed]
+def _data(stages: Stages, arguments: Arguments) -> None:
+    """World, new model, and both splits as datasets."""
+    output, world = stages.output, stages.output / "world"
+    config = WorldConfig(arguments.boards, arguments.held_out_boards, seed=arguments.seed)
+    stages.call("world", world, lambda: write_world(world, config))
+    stages.call("model", output / "model", lambda: _new_model(output / "model", world, config.side, arguments.seed))
+    for split in SPLITS:
+        stages.program(
+            f"prepare_{split}", output / "data" / split, "prepare", "--source", "mapped",
+            "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *MAPPING,
+            "--model", output / "model", "--output", output / "data" / split,
+        )  # fmt: skip
+
+
+def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
+    rows = read_questions(world, "train")
+    template = (RECIPES / "critique_template.txt").read_text()
+    texts = [text for row in rows for text in (row["question"], *row["answers"], *row["reasons"])]
+    new_model(directory, side, [*texts, *[template] * len(rows)], seed, heads=4)
+
+
+def _train(stages: Stages, run: str, recipe: str, model: Path, steps: int | None, seed: int) -> None:
+    directory = stages.output / run
+    flags = ["--model", model, "--dataset", stages.output / "data" / "train", "--output", directory, "--seed", seed]
     flags += [] if steps is None else ["--data.max-steps", steps]
-    stages.program(policy, run / "complete.json", "train", RECIPES / f"{policy}.py", *flags)
+    stages.program(run, directory / "complete.json", "train", RECIPES / f"{recipe}.py", *flags)
 
 
-def _annotate(stages: Stages, split: str, policy: str) -> None:
-    """Log-probs of every response of a split under a policy: a reference to train against, or to compare policies."""
+def _annotate_rewards(stages: Stages, split: str) -> None:
+    """A critique of every answer and the score behind it: on train the margins of MM-DPO, on held_out to measure."""
     data = stages.output / "data" / split
     stages.program(
-        f"annotate_{split}_{policy}", data / "annotations", "annotate", "--dataset", data,
+        f"rewards_{split}", data / "annotations", "annotate", "--dataset", data,
+        "--model", stages.output / "critique_reward", "--with", "reward", "--dtype", "float32",
+        "--max-new-tokens", MOST_TOKENS, "--multiple", MULTIPLE, "--max-buckets", 1,
+        "--decode.multiple", MULTIPLE, "--decode.max-buckets", 1,
+    )  # fmt: skip
+
+
+def _annotate_logps(stages: Stages, split: str, policy: str) -> None:
+    """Log-probs of every answer under a policy: a reference to train against, or to compare policies."""
+    data = stages.output / "data" / split
+    stages.program(
+        f"logps_{split}_{policy}", data / "annotations", "annotate", "--dataset", data,
         "--model", stages.output / policy, "--with", "reference", "--dtype", "float32",
         "--multiple", MULTIPLE, "--max-buckets", 1,
     )  # fmt: skip
 
 
-def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
-    rows = digit_boards.read_questions(world, "train")
-    new_model(directory, side, [text for row in rows for text in (row["question"], *row["answers"])], seed)
+def _generate(stages: Stages, policy: str) -> None:
+    """Greedy answers to the held-out questions."""
+    answers = _answers(stages.output, policy)
+    stages.program(
+        f"answers_{policy}", answers, "generate", "--model", stages.output / policy,
+        "--dataset", stages.output / "data" / "held_out", "--output", answers, "--dtype", "float32",
+        "--max-new-tokens", MOST_TOKENS, "--decode.multiple", MULTIPLE, "--decode.max-buckets", 1,
+    )  # fmt: skip
 
 
-def _evaluate(output: Path, results: Path) -> None:
-    """Every policy on the held-out boards, into `results`."""
-    from mmrlhf_jax.data.datasets import open_dataset
-    from mmrlhf_jax.inference.engine import DecodeConfig
-    from mmrlhf_jax.inference.generate import answers_in_order, generate
-    from mmrlhf_jax.inference.sample import SamplingConfig
-    from mmrlhf_jax.models.llava_onevision.model import Compute
-    from mmrlhf_jax.models.llava_onevision.render import load_renderer
-    from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-    from mmrlhf_jax.training.data import reference_key
-    from mmrlhf_jax.training.model import load_model, model_fingerprint
-    from mmrlhf_jax.training.recipe import INFERENCE
-    from mmrlhf_jax.training.runtime import set_up_jax
+def _answers(output: Path, policy: str) -> Path:
+    return output / "answers" / f"{policy}.jsonl"
 
-    set_up_jax("float32")
-    dataset, mesh = open_dataset(output / "data" / "held_out"), make_mesh(MeshConfig())
-    groups = [dataset.with_media(row) for row in range(len(dataset))]
-    truth = {row["id"]: digit_boards.board_of(row) for row in digit_boards.read_questions(output / "world", "held_out")}
-    boards = [truth[group.id] for group in groups]
+
+def _marked(output: Path, policy: str) -> Path:
+    """The same with the spans of wrong claims."""
+    return output / "answers" / "marked" / f"{policy}.jsonl"
+
+
+def _evaluate(output: Path) -> None:
+    """Every policy and the reward model on the held-out boards, into results.json; answers with wrong claims marked."""
+    from mmrlhf_jax.data.dataset import PreparedDataset
+
+    dataset = PreparedDataset(str(output / "data" / "held_out"))
+    groups = list(dataset.groups())
+    truth = {row["id"]: row for row in read_questions(output / "world", "held_out")}
+    logps = {policy: response_logps(dataset, output / policy) for policy in POLICIES}
     found: dict[str, Any] = {}
-    reference: list[Any] = []
-    for policy in POLICIES:
-        model = load_model(str(output / policy), mesh, ShardingRules(), rates=INFERENCE, dtype="float32")
-        renderer = load_renderer(str(model.assets))
-        compute = Compute(platform=mesh.devices.flat[0].platform)
-        greedy, run = SamplingConfig(max_new_tokens=MOST_TOKENS), DecodeConfig(max_buckets=1, multiple=MULTIPLE)
-        answers = answers_in_order(generate(groups, renderer, model, mesh, compute, greedy, run))
-        said = [answer.text for (answer,) in answers]
-        key = reference_key(model_fingerprint(model.config, model.params), renderer, "float32")
-        logps = _response_logps(dataset, renderer, key)
-        reference = reference or logps
+    for policy, own in logps.items():
+        answers = read_answers(_answers(output, policy))
+        write_marked(_marked(output, policy), answers, truth)
+        gained = [ours - theirs for ours, theirs in zip(own, logps["sft"], strict=True)]
         found[policy] = {
-            "hallucination": _hallucination(boards, groups, said),
-            "preference_accuracy": pair_accuracy(groups, logps),
-            "reward_accuracy": pair_accuracy(
-                groups, [ours - theirs for ours, theirs in zip(logps, reference, strict=True)]
-            ),
-            "questions": len(groups),
-            "answers": [{"id": group.id, "text": text} for group, text in zip(groups, said, strict=True)],
+            **dataclasses.asdict(measured_answers(answers, truth)),
+            "preference_accuracy": pair_accuracy(groups, own),
+            "reward_accuracy": None if policy == "sft" else pair_accuracy(groups, gained),
         }
-    results.write_text(json.dumps(found, indent=1) + "\n")
+    rewards = stored_rewards(dataset, output / "critique_reward", "generated", samples=1)
+    judged = {
+        "pairs": sum(len(known_pairs(group)) for group in groups),
+        "annotator_accuracy": annotator_accuracy(groups),
+        "reward_model_accuracy": pair_accuracy(groups, [reward.score for reward in rewards]),
+        **critique_measures(groups, rewards, truth),
+    }
+    (output / "results.json").write_text(json.dumps({"policies": found, "reward_model": judged}, indent=1) + "\n")
 
 
-def _response_logps(dataset: Any, renderer: Any, key: Mapping[str, str]) -> list[Any]:
-    """Log-prob f32 [K] of every response of every group, summed over its tokens, as launch/annotate.py stored them."""
-    import numpy as np
-
-    from mmrlhf_jax.data.annotations import AnnotationStore
-    from mmrlhf_jax.training.data import REFERENCE
-
-    stored = AnnotationStore.open(dataset.path, REFERENCE, key).read(dataset)
-    lengths = [renderer.measure(group).responses for group in dataset.groups()]
-    return [
-        np.array([part.sum() for part in np.split(stored[row]["logp"], np.cumsum(length)[:-1])])
-        for row, length in enumerate(lengths)
-    ]
+def _report(output: Path) -> None:
+    """What there is to look at: the runs, and their answers with the wrong claims marked."""
+    print("runs: " + " ".join(str(output / run) for run in ("sft", "critique_reward", *ALIGNED)))
+    print("answers, wrong claims marked: " + " ".join(str(_marked(output, policy)) for policy in POLICIES))
 
 
-def _hallucination(boards: list[digit_boards.Board], groups: list[Any], said: list[str]) -> dict[str, float]:
-    """Share of wrong claims, over all questions and over those of each kind."""
-    counts: dict[str, list[int]] = {"all": [0, 0]}
-    for board, group, text in zip(boards, groups, said, strict=True):
-        question = group.prompt[0].text
-        wrong, total = digit_boards.wrong_claims(board, question, text)
-        for kind in ("all", digit_boards.Question.parse(question).kind):
-            count = counts.setdefault(kind, [0, 0])
-            count[0] += wrong
-            count[1] += total
-    return {kind: wrong / total for kind, (wrong, total) in counts.items()}
-
-
-def _table(results: dict[str, Any], summary: list[str], exported: Path) -> list[str]:
+def _table(results: Mapping[str, Any]) -> list[str]:
     """The lines a user came for."""
-    kinds = list(results["sft"]["hallucination"])
-    lines = ["", f"{results['sft']['questions']} questions about held-out boards", ""]
-    head = " ".join(f"{kind:>7}" for kind in kinds)
-    lines += [f"{'':16} wrong claims: {head}   preference accuracy: log-prob  reward"]
+    policies, judged = results["policies"], results["reward_model"]
+    tasks = ["all", *(task for task in TASKS if task in policies["sft"]["hallucination"])]
+    short = {"unanswerable": "untold"}
+    lines = ["", f"{policies['sft']['answers']} questions about held-out boards and clips", ""]
+    lines += [f"{'':16} {'wrong claims':{8 * len(tasks)}} {'refused':>16} {'claims':>7} {'pairs ranked right':>20}"]
+    heads = [f"{short.get(task, task):>7}" for task in tasks]
+    lines += [f"{'':16} {' '.join(heads)}  {'untold':>8} {'others':>7} {'each':>7} {'log-prob':>10} {'reward':>9}"]
     for policy, title in POLICIES.items():
-        result = results[policy]
-        shares = " ".join(f"{result['hallucination'][kind]:7.1%}" for kind in kinds)
-        reward = "-" if policy == "sft" else f"{result['reward_accuracy']:.1%}"
-        lines.append(f"{title:16} {'':13} {shares}   {'':20} {result['preference_accuracy']:8.1%} {reward:>7}")
-    lines += [
+        result = policies[policy]
+        shares = " ".join(f"{result['hallucination'][task]:7.1%}" for task in tasks)
+        lines.append(
+            f"{title:16} {shares}  {_percent(result['refusal']):>8} {_percent(result['over_refusal']):>7} "
+            f"{result['length']:7.2f} {result['preference_accuracy']:10.1%} {_percent(result['reward_accuracy']):>9}"
+        )
+    return [
+        *lines,
         "",
-        "wrong claims: share of the claims of greedy answers, counted against the true board (hallucination rate)",
-        "log-prob: pairs whose better answer has the higher log-prob, summed over its tokens, not length-normalised",
+        "wrong claims: share of the claims of greedy answers, counted against what is true (hallucination rate)",
+        "untold: questions that no picture answers, where to refuse is right; others: where it is wrong",
+        "log-prob: the better answer has the higher log-prob, summed over its tokens, not length-normalised",
         "reward: the same of the log-prob less that under SFT, which is DPO's implicit reward",
         "",
-        *summary,
-        f"the MM-DPO policy, ready for transformers: {exported}",
+        f"{judged['pairs']} pairs: the reward model ranks {judged['reward_model_accuracy']:.1%} right, the annotators "
+        f"{judged['annotator_accuracy']:.1%}; {judged['critique_statements']:.1%} of what its critiques state is true",
     ]
-    return lines
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
 
 
 if __name__ == "__main__":

@@ -27,9 +27,15 @@ from typing import Any
 import tyro
 
 from mmrlhf_jax.command import UsageError, run_command
-from mmrlhf_jax.data.sources import digit_boards
-from mmrlhf_jax.data.sources.digit_boards import WorldConfig
-from mmrlhf_jax.quickstart import new_model, pair_accuracy
+from mmrlhf_jax.data.digit_boards.world import (
+    MAPPING,
+    SPLITS,
+    WorldConfig,
+    plain_world,
+    read_questions,
+    write_world,
+)
+from mmrlhf_jax.quickstart import critique_measures, new_model, pair_accuracy, stored_rewards
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 
 LAUNCH = Path(__file__).resolve().parent
@@ -106,13 +112,13 @@ def _one_seed(output: Path, seed: int, arguments: Arguments) -> dict[str, float]
     print(f"seed {seed}")
     output.mkdir(exist_ok=True)
     stages, world, data = Stages(output, LAUNCH), output / "world", output / "data"
-    config = WorldConfig(arguments.boards, arguments.held_out_boards, seed=seed)
-    stages.call("world", world, lambda: digit_boards.write_world(world, config))
+    config = plain_world(arguments.boards, arguments.held_out_boards, seed)
+    stages.call("world", world, lambda: write_world(world, config))
     stages.call("model", output / "model", lambda: _new_model(output / "model", world, config.side, seed))
-    for split in digit_boards.SPLITS:
+    for split in SPLITS:
         stages.program(
             f"prepare_{split}", data / split, "prepare", "--source", "mapped",
-            "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *digit_boards.MAPPING,
+            "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *MAPPING,
             "--model", output / "model", "--output", data / split,
         )  # fmt: skip
     _train(stages, "sft", output / "model", arguments.sft_steps, seed)
@@ -148,7 +154,7 @@ def _annotate(stages: Stages, name: str) -> None:
 
 
 def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
-    rows = digit_boards.read_questions(world, "train")
+    rows = read_questions(world, "train")
     template = (RECIPES / "critique_template.txt").read_text()
     texts = [text for row in rows for text in (row["question"], *row["answers"], *row["reasons"])]
     new_model(directory, side, [*texts, *[template] * len(rows)], seed)
@@ -167,47 +173,18 @@ def _baselines(output: Path) -> dict[str, float]:
 
 def _measure(output: Path, scorer: str, file: Path) -> None:
     """The pair accuracy of a scorer on the held-out boards and, of its own critiques, how much of them is true."""
-    from mmrlhf_jax.data.datasets import open_dataset
+    from mmrlhf_jax.data.dataset import PreparedDataset
 
-    dataset = open_dataset(output / "data" / "held_out")
-    groups, rewards = list(dataset.groups()), _rewards(dataset, output, SCORERS[scorer])
+    dataset = PreparedDataset(str(output / "data" / "held_out"))
+    asked = SCORERS[scorer]
+    groups = list(dataset.groups())
+    rewards = stored_rewards(dataset, output / asked.run, asked.critiques, asked.samples)
     found = {scorer: pair_accuracy(groups, [reward.score for reward in rewards])}
     if scorer == "generated":
-        truth = {row["id"]: row for row in digit_boards.read_questions(output / "world", "held_out")}
-        found |= _critique_measures(groups, rewards, truth)
+        truth = {row["id"]: row for row in read_questions(output / "world", "held_out")}
+        found |= critique_measures(groups, rewards, truth)
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(found) + "\n")
-
-
-def _rewards(dataset: Any, output: Path, scorer: Scorer) -> list[Any]:
-    """What launch/annotate.py stored beside the dataset for this scorer, in the order of the rows."""
-    from mmrlhf_jax.data.annotations import find
-    from mmrlhf_jax.data.rewards import REWARD, read_rewards
-    from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
-    from mmrlhf_jax.training.model import load_model, model_fingerprint
-    from mmrlhf_jax.training.recipe import INFERENCE
-
-    model = load_model(str(output / scorer.run), make_mesh(MeshConfig()), ShardingRules(), rates=INFERENCE)
-    fingerprint = model_fingerprint(model.config, model.params)
-    made_by = {"model": fingerprint, "critiques": scorer.critiques, "samples": scorer.samples}
-    (store,) = [s for s in find(dataset.path, REWARD) if made_by.items() <= s.key.items()]
-    stored = read_rewards(store, dataset)
-    return [stored[row] for row in range(len(dataset))]
-
-
-def _critique_measures(
-    groups: Sequence[Any], rewards: Sequence[Any], truth: Mapping[str, dict[str, Any]]
-) -> dict[str, float]:
-    """Of generated critiques: the share of true statements, and of critiques whose last one, the count, is true."""
-    right = total = counted = critiques = 0
-    for group, reward in zip(groups, rewards, strict=True):
-        board, question = digit_boards.board_of(truth[group.id]), group.prompt[0].text
-        for response, (critique,) in zip(group.responses, reward.critiques, strict=True):
-            true, stated = digit_boards.critique_correctness(board, question, response.text, critique)
-            wrong, _ = digit_boards.wrong_claims(board, question, response.text)
-            right, total, critiques = right + true, total + stated, critiques + 1
-            counted += digit_boards.stated_count(critique) == str(wrong)
-    return {"critique_statements": right / total, "critique_counts": counted / critiques}
 
 
 def _in_words(scorer: str, measured: Mapping[str, float]) -> str:

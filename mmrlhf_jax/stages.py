@@ -56,12 +56,15 @@ class Stages:
         return {record.stem: json.loads(record.read_text()) for record in records}
 
     def summary(self) -> list[str]:
-        """What every stage took and what all of them did, a line each."""
+        """What every stage took, its share of all, and what all of them did, a line each."""
         taken = self.taken()
+        seconds, cpu = (sum(t[name] for t in taken.values()) for name in ("seconds", "cpu_seconds"))
         return [
-            *(f"{name:26} {t['seconds']:7.1f} s {t['cpu_seconds']:7.1f} CPU s" for name, t in taken.items()),
-            f"{'all stages':26} {sum(t['seconds'] for t in taken.values()):7.1f} s "
-            f"{sum(t['cpu_seconds'] for t in taken.values()):7.1f} CPU s, peak memory "
+            *(
+                f"{name:26} {t['seconds']:7.1f} s {t['cpu_seconds']:7.1f} CPU s {t['cpu_seconds'] / cpu:6.1%}"
+                for name, t in taken.items()
+            ),
+            f"{'all stages':26} {seconds:7.1f} s {cpu:7.1f} CPU s, peak memory "
             f"{max(t['peak_gib'] for t in taken.values()):.1f} GiB",
         ]
 

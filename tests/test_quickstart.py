@@ -1,32 +1,51 @@
-"""The quickstart, made small: not to learn anything, but to see that every stage runs and is run once."""
+"""The quickstart, made small: not to learn anything, but to see that every stage runs, is run once and adds up."""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from small_world import ROOT, command, environment
 
-from mmrlhf_jax.training.recipe import read_recipe
+from mmrlhf_jax.data.digit_boards.measures import wrong_spans
+from mmrlhf_jax.data.digit_boards.world import read_questions, scene_of
+from mmrlhf_jax.quickstart import read_answers
+from mmrlhf_jax.training.recipe import Recipe, read_recipe
 
-OPTIONS = ("--boards", 24, "--held-out-boards", 4, "--sft-steps", 3, "--preference-steps", 2)
+TINY = ("--boards", 24, "--held-out-boards", 8, "--sft-steps", 2, "--reward-steps", 1, "--preference-steps", 2)
+QUESTIONS = 3 * 8 + 2 * 2  # three a board, two a clip
+POLICIES = ("sft", "sft_best", "dpo", "mm_dpo")
 
 
-def quickstart(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command("quickstart", *arguments), env=environment(1), capture_output=True, text=True, timeout=900
-    )
+def quickstart(*arguments: object, alone: bool = True) -> subprocess.CompletedProcess[str]:
+    """`alone`: without starting its stages as processes of their own."""
+    words = command("quickstart", *arguments)
+    if alone:
+        words = [sys.executable, str(ROOT / "tests" / "one_process.py"), *words[1:]]
+    return subprocess.run(words, env=environment(1), capture_output=True, text=True, timeout=900)
 
 
-def test_the_control_differs_from_mm_dpo_in_its_objective_and_answers_only() -> None:
-    ours, control = (read_recipe(ROOT / "configs" / "quickstart" / f"{name}.py") for name in ("mm_dpo", "sft_best"))
-    assert ours.data.max_steps == control.data.max_steps
-    assert ours.data.groups_per_step == control.data.groups_per_step
-    assert (ours.optimizer, ours.compute, ours.seed) == (control.optimizer, control.compute, control.seed)
+def recipe(name: str) -> Recipe:
+    return read_recipe(ROOT / "configs" / "quickstart" / f"{name}.py")
+
+
+@pytest.mark.parametrize("control", ["sft_best", "dpo"])
+def test_what_runs_beside_mm_dpo_differs_in_its_objective_and_answers_only(control: str) -> None:
+    ours, other = recipe("mm_dpo"), recipe(control)
+    assert ours.data.max_steps == other.data.max_steps
+    assert ours.data.groups_per_step == other.data.groups_per_step
+    assert (ours.optimizer, ours.compute, ours.seed) == (other.optimizer, other.compute, other.seed)
+
+
+def test_dpo_and_mm_dpo_differ_in_the_margins_only() -> None:
+    ours, other = recipe("mm_dpo"), recipe("dpo")
+    assert (ours.objective.beta, ours.objective.gamma) == (other.objective.beta, other.objective.gamma)
+    assert (ours.data, ours.margins, other.margins) == (other.data, "reward", "data")
 
 
 def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
@@ -37,31 +56,52 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.slow
+def check_all_is_there(output: Path, printed: str) -> None:
+    (parameters,) = re.findall(r"([\d,]+) parameters", printed)
+    assert int(parameters.replace(",", "")) <= 3_000_000
+    results = json.loads((output / "results.json").read_text())
+    truth = {row["id"]: row for row in read_questions(output / "world", "held_out")}
+    table = printed[printed.index("questions about held-out boards") :].splitlines()
+    for policy, title in zip(POLICIES, ("SFT (before)", "SFT on the best", "DPO", "MM-DPO"), strict=True):
+        found = results["policies"][policy]
+        assert found["answers"] == QUESTIONS == len(truth)
+        assert {"all", "board", "video"} <= set(found["hallucination"])
+        shares = [*found["hallucination"].values(), found["refusal"], found["over_refusal"]]
+        assert all(0 <= share <= 1 for share in shares)
+        (line,) = [line for line in table if line.startswith(title + " ")]
+        assert f"{found['hallucination']['all']:.1%}" in line
+        for answer in read_answers(output / "answers" / "marked" / f"{policy}.jsonl"):
+            row, (said,) = truth[answer["id"]], answer["responses"]
+            expected = wrong_spans(scene_of(row), row["question"], said["text"])
+            assert [tuple(span) for span in said["wrong"]] == expected
+    assert 0.6 < results["reward_model"]["annotator_accuracy"] < 1
+    assert 0 <= results["reward_model"]["reward_model_accuracy"] <= 1
+    assert (output / "mm_dpo_hf" / "model.safetensors").exists()
+
+
 def test_the_whole_pipeline_runs_once(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     output = tmp_path / "out"
-    first = quickstart("--output", output, *OPTIONS)
+    first = quickstart("--output", output, *TINY)
     assert first.returncode == 0, first.stdout + first.stderr
-    (parameters,) = re.findall(r"([\d,]+) parameters", first.stdout)
-    assert int(parameters.replace(",", "")) <= 3_000_000
-    table = first.stdout[first.stdout.index("questions about held-out boards") :]
-    for title in ("SFT (before)", "SFT on the best", "MM-DPO"):
-        (line,) = [line for line in table.splitlines() if line.startswith(title + " ")]
-        shares = [float(share) / 100 for share in re.findall(r"([\d.]+)%", line)]
-        assert len(shares) >= 4
-        assert all(0 <= share <= 1 for share in shares)
-    results = json.loads((output / "results.json").read_text())
-    assert all(len(result["answers"]) == result["questions"] == 8 for result in results.values())
-    assert (output / "mm_dpo_hf" / "model.safetensors").exists()
+    check_all_is_there(output, first.stdout)
 
     began = time.perf_counter()
-    second = quickstart("--output", output, *OPTIONS)
+    second = quickstart("--output", output, *TINY)
     assert second.returncode == 0
     assert time.perf_counter() - began < 30
     assert second.stdout.count("done already") == len(list((output / "stages").iterdir()))
+    table = first.stdout[first.stdout.index("questions about held-out boards") :]
     assert second.stdout.endswith(table)
 
-    changed = quickstart("--output", output, *OPTIONS, "--seed", 1)
+    changed = quickstart("--output", output, *TINY, "--seed", 1)
     assert changed.returncode == 2
     assert "made with other options" in changed.stderr
+
+
+@pytest.mark.slow
+def test_the_stages_run_as_programs_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    done = quickstart("--output", tmp_path / "out", *TINY, alone=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_all_is_there(tmp_path / "out", done.stdout)

@@ -1,5 +1,5 @@
-"""The quickstart's critique reward model, from its SFT run: it learns to write the critiques that come with the
-answers, and to score behind them. All pairs and ties of a group in one forward.
+"""The critique reward model of launch/reward_quickstart.py, from its SFT run: it learns to write the critiques that
+come with the answers, and to score behind them. All pairs and ties of a group in one forward.
 
 The template is a short one, as the built-in one's instructions would be most of what so small a model reads. Hardware:
 two CPU cores, about three minutes. launch/reward_quickstart.py runs it as

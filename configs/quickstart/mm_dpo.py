@@ -1,8 +1,9 @@
-"""MM-DPO from the quickstart's SFT run: all pairs of a group in one forward, margins from the known quality.
+"""MM-DPO from the quickstart's SFT run: all pairs of a group in one forward, margins from the critique reward model.
 
-Scores count right claims, so a pair's margin is a difference in claims. Hardware: two CPU cores, about a minute.
-launch/quickstart.py runs it as
+Which of two answers is better an annotator said; by how much, the reward model does. Hardware: two CPU cores, about
+half a minute. launch/quickstart.py runs it as
 
+    python launch/annotate.py --dataset DATASET --model REWARD_RUN --with reward --dtype float32 --multiple 16
     python launch/annotate.py --dataset DATASET --model SFT_RUN --with reference --dtype float32 --multiple 16
     python launch/train.py configs/quickstart/mm_dpo.py --model SFT_RUN --dataset DATASET --output RUN
 """
@@ -19,8 +20,9 @@ from mmrlhf_jax.training.recipe import (
 
 recipe = Recipe(
     objective=MMDPO(),
+    margins="reward",
     # one bucket, as compiling a second program takes longer than it saves here
-    data=DataConfig(groups_per_step=32, max_steps=60, max_buckets=1, multiple=16, slots_per_device=8192),
+    data=DataConfig(groups_per_step=16, max_steps=140, max_buckets=1, multiple=16, slots_per_device=8192),
     optimizer=OptimizerConfig(learning_rate=5e-4, rates=PartRates(tower=1.0)),
     compute=ComputeConfig(dtype="float32"),
     checkpoint=CheckpointConfig(every=1000, keep=1),

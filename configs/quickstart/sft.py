@@ -1,7 +1,7 @@
-"""Supervised fine-tuning of the quickstart's model, from random weights, on answers of every quality.
+"""Supervised fine-tuning of the model of launch/reward_quickstart.py, from random weights, on answers of every quality.
 
 What comes out reads digits well and has the habits of those whose answers it saw. Hardware: two CPU cores, about two
-minutes. launch/quickstart.py runs it as
+minutes. launch/reward_quickstart.py runs it as
 
     python launch/train.py configs/quickstart/sft.py --model MODEL --dataset DATASET --output RUN
 """

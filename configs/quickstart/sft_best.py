@@ -1,7 +1,7 @@
 """The control beside MM-DPO: supervised fine-tuning on each group's best answers, from the same SFT run.
 
 Same groups, same number of steps, same rate; it sees the best and never learns what was wrong with the others.
-Hardware: two CPU cores, about a minute. launch/quickstart.py runs it as
+Hardware: two CPU cores, about half a minute. launch/quickstart.py runs it as
 
     python launch/train.py configs/quickstart/sft_best.py --model SFT_RUN --dataset DATASET --output RUN
 """
@@ -20,8 +20,8 @@ recipe = Recipe(
     objective=Supervised(),
     # one bucket, as compiling a second program takes longer than it saves here
     data=DataConfig(
-        groups_per_step=32,
-        max_steps=60,
+        groups_per_step=16,
+        max_steps=140,
         responses="best",
         max_buckets=1,
         multiple=16,
