@@ -9,8 +9,8 @@ it runs: prepare; train (SFT); train (the critique reward model, from the annota
 scores of every answer, and reference log-probs); train (MM-DPO on the reward model's margins and, beside it for as many
 steps, DPO and SFT on the best answers); generate; export. At the end a table says of each policy how often it claims
 what is wrong, by task, whether it refuses what cannot be told and only that, how much it says, and how well it prefers
-the better of two answers: on boards of digits it never saw, counted against what is true. The annotators' ranks are
-wrong now and then, as people's are. It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again
+the better of two answers: on boards of digits it never saw, counted against what is true; report.html shows it.
+The annotators' ranks are wrong now and then, as people's are. It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again
 resumes; finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted.
 """
 
@@ -99,9 +99,10 @@ def main() -> None:
     stages.call("evaluate", output / "results.json", lambda: _evaluate(output))
     exported = output / "mm_dpo_hf"
     stages.program("export", exported, "export", output / "mm_dpo", "--output", exported, "--dtype", "float32")
-    _report(output)
+    _report(stages)
     print("\n".join([*_table(json.loads((output / "results.json").read_text())), "", *stages.summary()]))
     print(f"the MM-DPO policy, ready for transformers: {exported}")
+    print(f"curves, calibration, answers side by side: open {output / 'report.html'} in a browser")
 
 
 def _data(stages: Stages, arguments: Arguments) -> None:
@@ -200,10 +201,14 @@ def _evaluate(output: Path) -> None:
     (output / "results.json").write_text(json.dumps({"policies": found, "reward_model": judged}, indent=1) + "\n")
 
 
-def _report(output: Path) -> None:
-    """What there is to look at: the runs, and their answers with the wrong claims marked."""
-    print("runs: " + " ".join(str(output / run) for run in ("sft", "critique_reward", *ALIGNED)))
-    print("answers, wrong claims marked: " + " ".join(str(_marked(output, policy)) for policy in POLICIES))
+def _report(stages: Stages) -> None:
+    """A page to look at: all runs, the reward model's calibration, answers with their wrong claims marked."""
+    output = stages.output
+    stages.program(
+        "report", output / "report.html", "report", *(output / run for run in ("sft", "critique_reward", *ALIGNED)),
+        "--answers", *(f"{title}={_marked(output, policy)}" for policy, title in POLICIES.items()),
+        "--dataset", output / "data" / "held_out", "--output", output / "report.html",
+    )  # fmt: skip
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:

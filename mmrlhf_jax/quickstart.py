@@ -5,6 +5,7 @@ Only functions here start a jax backend, not the module.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -131,14 +132,14 @@ def measured_answers(answers: Sequence[dict[str, Any]], truth: Rows) -> measures
 
 
 def write_marked(file: Path, answers: Sequence[dict[str, Any]], truth: Rows) -> None:
-    """The lines of launch/generate.py, each response with "wrong": [[start, end], ...], where in its text the wrong
-    claims stand, in characters."""
+    """The lines of launch/generate.py, each response with what is wrong of it, as launch/report.py reads it: "wrong",
+    "missing" and "claims"."""
     lines = []
     for line in answers:
         row = truth[line["id"]]
         scene, question = scene_of(row), row["question"]
         responses = [
-            {**response, "wrong": measures.wrong_spans(scene, question, response["text"])}
+            {**response, **dataclasses.asdict(measures.faults(scene, question, response["text"]))}
             for response in line["responses"]
         ]
         lines.append(json.dumps({**line, "responses": responses}, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from small_world import ROOT, command, environment
 
-from mmrlhf_jax.data.digit_boards.measures import wrong_spans
+from mmrlhf_jax.data.digit_boards.measures import faults
 from mmrlhf_jax.data.digit_boards.world import read_questions, scene_of
 from mmrlhf_jax.quickstart import read_answers
 from mmrlhf_jax.training.recipe import Recipe, read_recipe
@@ -72,11 +72,15 @@ def check_all_is_there(output: Path, printed: str) -> None:
         assert f"{found['hallucination']['all']:.1%}" in line
         for answer in read_answers(output / "answers" / "marked" / f"{policy}.jsonl"):
             row, (said,) = truth[answer["id"]], answer["responses"]
-            expected = wrong_spans(scene_of(row), row["question"], said["text"])
-            assert [tuple(span) for span in said["wrong"]] == expected
+            expected = faults(scene_of(row), row["question"], said["text"])
+            assert tuple(tuple(span) for span in said["wrong"]) == expected.wrong
+            assert (tuple(said["missing"]), said["claims"]) == (expected.missing, expected.claims)
     assert 0.6 < results["reward_model"]["annotator_accuracy"] < 1
     assert 0 <= results["reward_model"]["reward_model_accuracy"] <= 1
     assert (output / "mm_dpo_hf" / "model.safetensors").exists()
+    page = (output / "report.html").read_text()
+    for title in ("Curves", "Calibration", "Answers", "SFT on the best", "MM-DPO"):
+        assert title in page
 
 
 def test_the_whole_pipeline_runs_once(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import pytest
 from mmrlhf_jax.data.digit_boards.measures import (
     claims,
     critique_correctness,
+    faults,
     measure,
     reason,
     refused,
     score,
     wrong_claims,
-    wrong_spans,
 )
 from mmrlhf_jax.data.digit_boards.questions import Question
 
@@ -48,7 +48,8 @@ def test_the_right_answer_has_no_wrong_claim(scene: tuple, question: str, task: 
     assert parsed.task(scene) == task
     assert parsed.answer(scene) == right
     assert wrong_claims(scene, question, right)[0] == 0
-    assert wrong_spans(scene, question, right) == []
+    found = faults(scene, question, right)
+    assert (found.wrong, found.missing, found.claims) == ((), (), wrong_claims(scene, question, right)[1])
     assert refused(question, right) == (task == "unanswerable")
 
 
@@ -81,17 +82,22 @@ def test_wrong_claims_are_counted_on_any_text(question: str, answer: str, wrong:
 
 
 @pytest.mark.parametrize(
-    ("question", "answer", "wrong"),
+    ("question", "answer", "wrong", "missing"),
     [
-        (LIST, "3 0 7, empty empty 5, 0 1 2.", ["0", "5"]),
-        (ROW, "empty empty 4 4 <b>.", ["4", "<b>"]),  # one too many is wrong where it stands
-        (ROW, "empty", []),  # what is missing stands nowhere
-        (ABSENT, "cannot tell: no names.", ["no names"]),
-        (ABSENT, "0 0.", ["0", "0"]),
+        (LIST, "3 0 7, empty empty 5, 0 1 2.", [("0", "empty"), ("5", "4")], []),
+        (ROW, "empty empty 4 4 <b>.", [("4", "nothing"), ("<b>", "nothing")], []),  # too many: wrong where they stand
+        (ROW, "empty", [], ["empty", "4"]),
+        (ABSENT, "cannot tell: no names.", [("no names", "no row 5")], []),
+        (ABSENT, "0 0.", [("0", "cannot tell"), ("0", "no row 5")], []),
     ],
 )
-def test_wrong_claims_are_found_where_they_stand(question: str, answer: str, wrong: list[str]) -> None:
-    assert [answer[start:end] for start, end in wrong_spans(BOARD, question, answer)] == wrong
+def test_wrong_claims_are_found_where_they_stand(
+    question: str, answer: str, wrong: list[tuple[str, str]], missing: list[str]
+) -> None:
+    found = faults(BOARD, question, answer)
+    assert [(answer[start:end], right) for start, end, right in found.wrong] == wrong
+    assert list(found.missing) == missing
+    assert (len(wrong) + len(missing), found.claims) == wrong_claims(BOARD, question, answer)
 
 
 @pytest.mark.parametrize(

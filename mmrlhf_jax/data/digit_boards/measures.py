@@ -38,12 +38,22 @@ def wrong_claims(scene: Scene, question: str, answer: str) -> tuple[int, int]:
     return sum(one != other for one, other in both), len(both)
 
 
-def wrong_spans(scene: Scene, question: str, answer: str) -> list[tuple[int, int]]:
-    """Where the wrong claims that an answer makes stand in it: [start, end) in characters, in order."""
+@dataclass(frozen=True)
+class Faults:
+    """What is wrong of an answer in free text. `wrong`: (start, end, what is right) of each wrong claim, characters
+    [start, end), in order; `missing`: what is right of those not made; `claims` as `wrong_claims` counts them all."""
+
+    wrong: tuple[tuple[int, int, str], ...]
+    missing: tuple[str, ...]
+    claims: int
+
+
+def faults(scene: Scene, question: str, answer: str) -> Faults:
+    """Claim by claim, as `wrong_claims` counts them."""
     right = claims(question, Question.parse(question).answer(scene))
-    made = list(_CLAIM.finditer(answer))
-    due = [*right, *[None] * max(0, len(made) - len(right))]
-    return [found.span() for found, one in zip(made, due, strict=False) if found[0] != one]
+    both = list(zip_longest(right, _CLAIM.finditer(answer)))
+    wrong = tuple((*made.span(), due or "nothing") for due, made in both if made is not None and made[0] != due)
+    return Faults(wrong, tuple(due for due, made in both if made is None and due is not None), len(both))
 
 
 def score(scene: Scene, question: str, answer: str) -> float:
