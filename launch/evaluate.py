@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
-from tqdm import tqdm
 
 from mmrlhf_jax import storage
-from mmrlhf_jax.command import UsageError, run_command
+from mmrlhf_jax.command import UsageError, progress_line, run_command
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaRoot
 from mmrlhf_jax.data.rewards import REWARD, Critiques, read_rewards
@@ -218,7 +217,7 @@ def _read_with_pictures(
             _media_root(arguments),
             MediaRoot(folder),
             workers=READERS,
-            progress=lambda items, total: tqdm(items, desc="media", total=total),
+            progress=lambda items, total: progress_line(items, desc="media", total=total),
         )
     return rows, with_bytes, places
 

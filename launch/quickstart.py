@@ -10,8 +10,9 @@ scores of every answer, and reference log-probs); train (MM-DPO on the reward mo
 steps, DPO and SFT on the best answers); generate; export. At the end a table says of each policy how often it claims
 what is wrong, by task, whether it refuses what cannot be told and only that, how much it says, and how well it prefers
 the better of two answers: on boards of digits it never saw, counted against what is true; report.html shows it.
-The annotators' ranks are wrong now and then, as people's are. It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again
-resumes; finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted.
+The annotators' ranks are wrong now and then, as people's are. It runs on the CPU unless JAX_PLATFORMS says otherwise.
+The same command again resumes; finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage, 75
+interrupted.
 """
 
 from __future__ import annotations

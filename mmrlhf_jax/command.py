@@ -9,7 +9,10 @@ import os
 import sys
 import traceback
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tqdm import tqdm
 
 # transformers advises whoever imports it to install torch; no program here needs it
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -49,6 +52,12 @@ def run_command(main: Callable[[], None]) -> None:
             traceback.print_exc()
         print(f"error: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
         sys.exit(error.status if isinstance(error, CommandError) else 1)
+
+
+def progress_line(items: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
+    """tqdm's, with its options; a log, which keeps every line, gets one at most every half minute."""
+    interval = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(items, mininterval=interval, maxinterval=max(10.0, interval), **options)
 
 
 def printable(text: str) -> str:

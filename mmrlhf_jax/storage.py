@@ -26,7 +26,8 @@ from typing import Any, BinaryIO
 
 import fsspec
 from etils import epath
-from tqdm import tqdm
+
+from mmrlhf_jax.command import progress_line
 
 os.environ.setdefault("EPATH_USE_TF", "false")
 fsspec.config.conf.setdefault("gs", {}).setdefault("use_listings_cache", False)
@@ -207,7 +208,7 @@ def _get(file_system: Any, directory: str, target: Path, file: RemoteFile) -> No
 def _transfer(one: Callable[[Any], None], files: list[Any], sizes: list[int], label: str) -> None:
     with (
         ThreadPoolExecutor(TRANSFERS) as pool,
-        tqdm(total=sum(sizes), desc=label, unit="B", unit_scale=True, delay=PATIENCE) as bar,
+        progress_line(total=sum(sizes), desc=label, unit="B", unit_scale=True, delay=PATIENCE) as bar,
     ):
         for _, size in zip(pool.map(one, files), sizes, strict=True):
             bar.update(size)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
 
-from mmrlhf_jax.command import CommandError, UsageError, one_line, run_command
+from mmrlhf_jax.command import CommandError, UsageError, one_line, progress_line, run_command
 
 
 def raising(error: BaseException) -> Callable[[], None]:
@@ -54,3 +55,14 @@ def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_text_from_data_cannot_steer_the_terminal() -> None:
     assert one_line("a\r\nb\x1b[2J\u202ec\x07\ud800é") == "a b[2Jcé"
+
+
+def test_a_log_gets_a_line_at_most_every_half_minute(capsys):
+    """Standard error is no terminal here: what a terminal would see redrawn ten times a second is drawn at both ends."""
+    with progress_line(total=400, desc="work") as bar:
+        for _ in range(400):
+            time.sleep(0.001)
+            bar.update()
+    drawn = capsys.readouterr().err.split("\r")
+    assert len([line for line in drawn if "work" in line]) == 2
+    assert "400/400" in drawn[-1]

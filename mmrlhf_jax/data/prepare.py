@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
-from tqdm import tqdm
 
 from mmrlhf_jax import storage
-from mmrlhf_jax.command import one_line
+from mmrlhf_jax.command import one_line, progress_line
 from mmrlhf_jax.data import video
 from mmrlhf_jax.data.dataset import (
     FORMAT_VERSION,
@@ -345,7 +344,7 @@ def _write_files(
     options: PrepareOptions,
 ) -> epath.Path:
     """Write the dataset and its reports somewhere under `directory`; returns the folder that holds them."""
-    with tqdm(total=len(groups), desc="writing", disable=not options.progress, unit="group") as bar:
+    with progress_line(total=len(groups), desc="writing", disable=not options.progress, unit="group") as bar:
 
         def load(group: Group) -> list[bytes]:
             bar.update()
@@ -402,4 +401,4 @@ def _reload(group: Group, options: PrepareOptions) -> list[bytes]:
 
 
 def _progress(items: Iterable[Any], what: str, total: int, options: PrepareOptions) -> Iterable[Any]:
-    return tqdm(items, desc=what, total=total, disable=not options.progress)
+    return progress_line(items, desc=what, total=total, disable=not options.progress)

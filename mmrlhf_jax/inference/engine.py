@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mmrlhf_jax.batch import Entry, Totals, pack
+from mmrlhf_jax.command import progress_line
 from mmrlhf_jax.data.buckets import MULTIPLE, ItemLengths, plan_buckets
 from mmrlhf_jax.groups import Branch, Bucket, Lengths, Rendered
 from mmrlhf_jax.inference.decoding import Arrivals, Programs, Read, Said, Shape, State, Status, programs
@@ -109,7 +109,7 @@ def with_forced_prefix(rendered: Rendered) -> Rendered:
 @contextmanager
 def progress_bar(*, unit: str = "group", shown: bool = True) -> Iterator[Report]:
     """A bar of requests done, with the rates of prefilled and of generated tokens."""
-    with tqdm(unit=unit, disable=not shown) as bar:
+    with progress_line(unit=unit, disable=not shown) as bar:
 
         def report(now: Progress) -> None:
             bar.total = now.total

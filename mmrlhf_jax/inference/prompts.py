@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Literal
 
 from etils import epath
-from tqdm import tqdm
 
+from mmrlhf_jax.command import progress_line
 from mmrlhf_jax.data.datasets import Dataset
 from mmrlhf_jax.data.media import MediaRoot, read_media
 from mmrlhf_jax.data.pipeline import GroupSource
@@ -148,7 +148,9 @@ def read_prompts(
         return prove(each, where)
 
     with ThreadPoolExecutor(workers) as pool:  # Pillow's decoders release the GIL
-        bar = tqdm(pool.map(proven, wanted), desc="media", total=len(wanted), disable=not progress or not wanted)
+        bar = progress_line(
+            pool.map(proven, wanted), desc="media", total=len(wanted), disable=not progress or not wanted
+        )
         found = dict(zip(wanted, bar, strict=True))
     kept: dict[int, Group] = {}
     for group in groups:

@@ -11,9 +11,9 @@ from collections.abc import Collection, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mmrlhf_jax.batch import EMPTY, GroupBatch
+from mmrlhf_jax.command import progress_line
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.groups import Group, Renderer
@@ -47,7 +47,7 @@ def write_reference_logps(
     pending: dict[int, np.ndarray] = {}
     stored = time.monotonic()
     forward = Forward(dataset, groups, renderer, model, mesh, config, logps)
-    with tqdm(total=len(rows), initial=len(rows) - len(todo), unit="group", disable=not is_speaker()) as bar:
+    with progress_line(total=len(rows), initial=len(rows) - len(todo), unit="group", disable=not is_speaker()) as bar:
         try:
             for batch, logp, count, mine in forward_parts(forward, todo) if todo else ():
                 found = split_rows(logp, batch, dataset.path)

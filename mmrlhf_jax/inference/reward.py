@@ -19,9 +19,9 @@ from functools import partial
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mmrlhf_jax.batch import GroupBatch
+from mmrlhf_jax.command import progress_line
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.media import decode as decode_picture
 from mmrlhf_jax.data.pipeline import GroupSource
@@ -186,7 +186,7 @@ def _teacher_forced(
         return scores(params, judge.model.config, batch, judge.compute)
 
     forward = Forward(source, groups, judge.renderer, judge.model, judge.mesh, scoring.forward, read)
-    with tqdm(total=len(rows), unit="group", disable=not is_speaker()) as bar:
+    with progress_line(total=len(rows), unit="group", disable=not is_speaker()) as bar:
         for found in forward_everywhere(forward, rows):
             bar.update(len(found))
             yield {row: _read_at_ends(groups[row], score, source.path, row) for row, score in found.items()}

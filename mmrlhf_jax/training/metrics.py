@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from etils import epath
-from tqdm import tqdm
 
+from mmrlhf_jax.command import progress_line
 from mmrlhf_jax.storage import is_remote
 from mmrlhf_jax.training.recipe import LogConfig
 from mmrlhf_jax.training.run import RunDirectory, read_lines, write_text
@@ -148,7 +148,7 @@ class _LineFile:
 
 class ProgressBar:
     def __init__(self, first_step: int, steps: int):
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._bar = progress_line(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def step(self, record: Record) -> None:
         shown = {"loss": record["loss"], "acc": record.get("rewards/accuracies"), "grad": record["grad_norm"]}
