@@ -58,7 +58,8 @@ def test_text_from_data_cannot_steer_the_terminal() -> None:
 
 
 def test_a_log_gets_a_line_at_most_every_half_minute(capsys):
-    """Standard error is no terminal here: what a terminal would see redrawn ten times a second is drawn at both ends."""
+    """Standard error is no terminal here: what a terminal would see redrawn ten times a second is
+    drawn at both ends."""
     with progress_line(total=400, desc="work") as bar:
         for _ in range(400):
             time.sleep(0.001)
