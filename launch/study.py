@@ -22,9 +22,8 @@ At the end OUTPUT/table.md, which is printed, and OUTPUT/results.json; OUTPUT/se
 
 Steps and rates were chosen on seed 0, which is therefore not among the seeds by default. Every stage is a program a
 user calls, printed before it runs. It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again
-resumes, with more seeds or arms too; finished stages are not run again. Seeds share nothing: two terminals may run
-different --seeds of one OUTPUT at a time, and the whole command then only makes the table. Exit codes: 0 done,
-1 failed, 2 bad usage, 75 interrupted.
+resumes, with more seeds or arms too; finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage,
+75 interrupted.
 """
 
 from __future__ import annotations
@@ -32,24 +31,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import tyro
+from tqdm import tqdm
 
 from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data.annotations import find
-from mmrlhf_jax.data.digit_boards.questions import TASKS
 from mmrlhf_jax.data.digit_boards.world import MAPPING, SPLITS, WorldConfig, read_questions, write_world
 from mmrlhf_jax.data.rewards import REWARD
 from mmrlhf_jax.quickstart import new_model
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
+from mmrlhf_jax.study.at_once import Job, run_at_once
 from mmrlhf_jax.study.figures import BEFORE, policy_figures, score_figures, scores_without_model
+from mmrlhf_jax.study.report import lines_of
 from mmrlhf_jax.study.summary import Summary, summarise
-from mmrlhf_jax.study.table import Column, table
 
 LAUNCH = Path(__file__).resolve().parent
 QUICKSTART = LAUNCH.parent / "configs" / "quickstart"
@@ -107,7 +108,8 @@ SCORE_TITLES = {
     "annotators": "annotators' ranks",
     **{name: source.title for name, source in SOURCES.items()},
 }
-BASELINES = {"policies": ("dpo", "sft_best", "mm_dpo"), "scores": ("scalar",)}
+HELD_AGAINST: tuple[str, ...] = ("dpo", "sft_best")  # and the grid against mm_dpo
+BASELINES = {"policies": (*HELD_AGAINST, "mm_dpo"), "scores": ("scalar",)}
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Arguments:
     """of the world, the model's weights and the order of the data: everything is done anew for each"""
     arms: tuple[str, ...] = tuple(ARMS)
     """what to compare, see above; reward models that none of them needs are not trained"""
+    at_once: int = 2
+    """so many seeds run side by side: one can use little more than one core. Each takes about 1 GiB of memory"""
     grid_seeds: int = 2
     """so many of the seeds also run MM-DPO at other w and k, where mm_dpo is among the arms"""
     boards: int = 1000
@@ -141,6 +145,8 @@ class Arguments:
             raise UsageError("--seeds needs at least one seed, none negative and each once")
         if not self.arms or len(set(self.arms)) < len(self.arms) or not set(self.arms) <= set(ARMS):
             raise UsageError(f"--arms {' '.join(self.arms)}: name some of {', '.join(ARMS)}, each once")
+        if self.at_once < 1:
+            raise UsageError(f"--at-once {self.at_once} is not positive")
         if self.grid_seeds < 0:
             raise UsageError(f"--grid-seeds {self.grid_seeds} is negative")
 
@@ -161,57 +167,94 @@ def main() -> None:
     stop_on_sigterm()
     arguments = tyro.cli(Arguments, prog="study.py", description=__doc__)
     output = Path(arguments.output)
-    free = ("output", "seeds", "arms", "grid_seeds")
+    free = ("output", "seeds", "arms", "grid_seeds", "at_once")
     options = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in free}
     claim(output, "study", options)
     print("\n".join(_budget(arguments)), flush=True)
-    for done, seed in enumerate(arguments.seeds):
-        print(f"\nseed {seed}" + _left(arguments, done), flush=True)
-        stages = Stages(output / f"seed_{seed}", LAUNCH)
-        stages.output.mkdir(exist_ok=True)
-        _prepare(stages, seed, arguments)
-        for name in arguments.arms:
-            _run_arm(stages, name, ARMS[name], seed, arguments)
-    for seed in arguments.of_grid:
-        print(f"\nseed {seed}, other w and k", flush=True)
-        for name, arm in GRID.items():
-            _run_arm(Stages(output / f"seed_{seed}", LAUNCH), name, arm, seed, arguments)
+    if min(arguments.at_once, len(arguments.seeds)) > 1:
+        _side_by_side(arguments)
+    for seed in arguments.seeds:  # whatever is not done yet
+        print(f"seed {seed}", flush=True)
+        _one_seed(Stages(output / f"seed_{seed}", LAUNCH), seed, arguments)
     found = {seed: _results(output / f"seed_{seed}", seed, arguments) for seed in arguments.seeds}
     summary = summarise(found, BASELINES)
     stated = {"options": options, "seeds": found, "summary": summary.as_json()}
     (output / "results.json").write_text(json.dumps(stated, indent=1) + "\n")
-    lines = _tables(summary, arguments)
+    lines = _lines(summary, arguments)
     (output / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(["", *lines, f"{_minutes(output, arguments.seeds):.0f} minutes in all; {output / 'table.md'}"]))
+    taken = [f"{_minutes(output, seed):.1f}" for seed in arguments.seeds]
+    print("\n".join(["", *lines, "", f"minutes of each seed: {' '.join(taken)}; this table: {output / 'table.md'}"]))
 
 
 def _budget(arguments: Arguments) -> list[str]:
     """How much will run, whether or not some of it has."""
-    seeds, arms, sources = len(arguments.seeds), len(arguments.arms), len(arguments.sources)
     models = len({source.run for source in arguments.sources.values()})
-    grid = len(arguments.of_grid) * len(GRID)
+    seeds, arms, grid = len(arguments.seeds), len(arguments.arms), len(arguments.of_grid) * len(GRID)
     trained = seeds * (1 + models + arms) + grid
-    # prepare; train; annotate: rewards, the reference, each policy; generate
-    programs = seeds * (len(SPLITS) + len(SPLITS) * sources + 1 + 2 * (arms + 1)) + 2 * grid + trained
     return [
         f"{seeds} seeds, each an SFT run, {models} reward models and {arms} arms; {len(GRID)} other w and k for "
         f"{len(arguments.of_grid)} of them:",
-        f"{trained} runs of train.py, {programs} programs in all",
+        f"{trained} runs of train.py, {sum(_stages(arguments, seed) for seed in arguments.seeds)} stages in all",
     ]
 
 
-def _left(arguments: Arguments, done: int) -> str:
-    if not done:
-        return ""
-    each = _minutes(Path(arguments.output), arguments.seeds[:done]) / done
-    left = each * (len(arguments.seeds) - done)
-    return f": {done} of {len(arguments.seeds)} took {each:.1f} minutes each, about {left:.0f} are left"
+def _stages(arguments: Arguments, seed: int) -> int:
+    """How many stages a seed has."""
+    policies = len(arguments.arms) + (len(GRID) if seed in arguments.of_grid else 0)
+    sources = len(arguments.sources)
+    models = len({source.run for source in arguments.sources.values()})
+    # world, model, two data sets, SFT and three stages to measure it, reference; scores of both splits, measured; arms
+    return 9 + models + 3 * sources + 4 * policies + ("dpo_pairs" in arguments.arms)
 
 
-def _minutes(output: Path, seeds: Iterable[int]) -> float:
-    """What the stages of these seeds took, whenever they ran."""
-    taken = [one for seed in seeds for one in Stages(output / f"seed_{seed}", LAUNCH).taken().values()]
-    return sum(one["seconds"] for one in taken) / 60
+def _side_by_side(arguments: Arguments) -> None:
+    """Every seed that is not done, by this program in processes of its own, which need nothing of each other."""
+    output = Path(arguments.output)
+    stages = {seed: _stages(arguments, seed) for seed in arguments.seeds}
+    done = {seed: _done(output, seed) for seed in arguments.seeds}
+    jobs = [
+        Job(f"seed {seed}", _alone(arguments, seed), output / f"seed_{seed}" / "log.txt")
+        for seed in arguments.seeds
+        if done[seed] < stages[seed]
+    ]
+    if not jobs:
+        return
+    print("\n".join(f"{job.name}: {job.log}" for job in jobs), flush=True)
+    with tqdm(total=sum(stages.values()), initial=sum(done.values()), unit="stage") as bar:
+        run_at_once(jobs, arguments.at_once, lambda: _show(bar, output, arguments.seeds))
+
+
+def _show(bar: tqdm[NoReturn], output: Path, seeds: Iterable[int]) -> None:
+    bar.update(sum(_done(output, seed) for seed in seeds) - bar.n)
+
+
+def _done(output: Path, seed: int) -> int:
+    """Stages of a seed that have run; more than were asked for where it also ran other arms."""
+    return len(list((output / f"seed_{seed}" / "stages").glob("*.json")))
+
+
+def _alone(arguments: Arguments, seed: int) -> list[str]:
+    """The command for one seed."""
+    flags: dict[str, object] = {
+        "output": arguments.output, "seeds": seed, "at-once": 1, "grid-seeds": int(seed in arguments.of_grid),
+        "boards": arguments.boards, "held-out-boards": arguments.held_out_boards, "sft-steps": arguments.sft_steps,
+        "reward-steps": arguments.reward_steps, "preference-steps": arguments.preference_steps,
+    }  # fmt: skip
+    words = [str(word) for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
+    return [sys.executable, str(Path(__file__)), *words, "--arms", *arguments.arms]
+
+
+def _minutes(output: Path, seed: int) -> float:
+    """What the stages of a seed took, whenever they ran."""
+    return sum(taken["seconds"] for taken in Stages(output / f"seed_{seed}", LAUNCH).taken().values()) / 60
+
+
+def _one_seed(stages: Stages, seed: int, arguments: Arguments) -> None:
+    stages.output.mkdir(exist_ok=True)
+    _prepare(stages, seed, arguments)
+    arms = {name: ARMS[name] for name in arguments.arms} | (GRID if seed in arguments.of_grid else {})
+    for name, arm in arms.items():
+        _run_arm(stages, name, arm, seed, arguments)
 
 
 def _prepare(stages: Stages, seed: int, arguments: Arguments) -> None:
@@ -350,70 +393,12 @@ def _results(output: Path, seed: int, arguments: Arguments) -> dict[str, Any]:
     return found
 
 
-SHORT = {"unanswerable": "untold"}
-CLAIMS = tuple(Column(f"hallucination/{task}", SHORT.get(task, task)) for task in ("all", *TASKS))
-OTHERS = (
-    Column("refusal", "untold refused"),
-    Column("over_refusal", "others refused"),
-    Column("length", "claims", share=False, digits=2),
-    Column("preference_accuracy", "log-prob"),
-    Column("reward_accuracy", "reward"),
-)
-SCORES = (
-    Column("accuracy", "pairs"),
-    Column("critique_statements", "true statements"),
-    Column("critique_counts", "true counts"),
-)
-STEP = (
-    Column("step/items", "items", share=False, digits=0),
-    Column("step/pairs", "pairs", share=False, digits=0),
-    Column("step/gigaflop", "GFLOP", share=False),
-    Column("step/seconds", "seconds", share=False, digits=3),
-    Column("step/margin", "margin", share=False, digits=2),
-    Column("step/beta", "beta", share=False, digits=4),
-)
-
-
-def _tables(summary: Summary, arguments: Arguments) -> list[str]:
-    """What a user came for."""
-    means, arms = summary.means, {name: TITLES[name] for name in (BEFORE, *arguments.arms)}
-    grid = {name: TITLES[name] for name in GRID if name in means["policies"]}
-    lines = [
-        f"Seeds {' '.join(map(str, summary.seeds))}; {means['policies'][BEFORE]['answers'].mean:.0f} questions about "
-        "held-out boards and clips each.",
-        "Mean over seeds ± half of its 95 % interval (Student's t). Shares in %, differences in points.",
-    ]
-    lines += _section("Wrong claims of greedy answers (hallucination rate), by task; untold: no picture answers it")
-    lines += table(means["policies"], arms, CLAIMS)
-    lines += _section(
-        "Untold questions and others refused, claims an answer, and pairs of held-out answers whose better one has the "
-        "higher log-prob, and log-prob less that under SFT"
-    )
-    lines += table(means["policies"], arms, OTHERS)
-    for baseline in ("dpo", "sft_best"):
-        if baseline in summary.differences and len(arms) > 2:
-            lines += _differences(summary, baseline, arms, f"Less {TITLES[baseline]}, paired by seed")
-    if grid:
-        less = f"Other w and k, {len(arguments.of_grid)} seeds only: less MM-DPO at w 0.5 and k 0.5, paired by seed"
-        lines += _differences(summary, "mm_dpo", grid, less)
-    scored = {name: title for name, title in SCORE_TITLES.items() if name in means["scores"]}
-    lines += _section("Pairs of held-out answers whose better one is scored higher; what its critiques state")
-    lines += table(means["scores"], scored, SCORES)
-    if "scalar" in summary.differences:
-        lines += _section("Less the scalar reward model, paired by seed; * leaves out 0")
-        lines += table(summary.differences["scalar"], scored, SCORES[:1], signed=True)
-    lines += _section("A mean step: groups (or pairs of two sequences), their pairs, operations, seconds, margin, beta")
-    return [*lines, *table(means["policies"], {**arms, **grid}, STEP)]
-
-
-def _differences(summary: Summary, baseline: str, titles: Mapping[str, str], title: str) -> list[str]:
-    found = summary.differences[baseline]
-    tables = [table(found, titles, columns, signed=True) for columns in (CLAIMS, OTHERS)]
-    return [*_section(f"{title}; * leaves out 0"), *tables[0], "", *tables[1]]
-
-
-def _section(title: str) -> list[str]:
-    return ["", f"**{title}**", ""]
+def _lines(summary: Summary, arguments: Arguments) -> list[str]:
+    arms = {name: TITLES[name] for name in (BEFORE, *arguments.arms)}
+    grid = {name: TITLES[name] for name in GRID if name in summary.means["policies"]}
+    scores = {name: title for name, title in SCORE_TITLES.items() if name in summary.means["scores"]}
+    baselines = {name: TITLES[name] for name in HELD_AGAINST if name in arms}
+    return lines_of(summary, arms, grid, scores, baselines)
 
 
 if __name__ == "__main__":
