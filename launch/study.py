@@ -16,7 +16,7 @@ reward models; then, each from that SFT run, for as many optimizer steps and on 
     scalar_margins   MM-DPO on the margins of a scalar reward model
     human_margins    MM-DPO on margins of the critique model reading the annotators' reasons, not critiques of its own
 
-and, for the first --grid-seeds, MM-DPO at other w and k. Held-out answers are counted against what is true. Figures are
+and MM-DPO at other w and k (--grid-seeds). Held-out answers are counted against what is true. Figures are
 means over seeds with the 95 % interval of Student's t; differences are paired by seed, as seeds differ more than arms.
 At the end OUTPUT/table.md, which is printed, and OUTPUT/results.json; OUTPUT/seed_N/results.json for each seed.
 
@@ -124,8 +124,8 @@ class Arguments:
     """what to compare, see above; reward models that none of them needs are not trained"""
     at_once: int = 2
     """so many seeds run side by side: one can use little more than one core. Each takes about 1 GiB of memory"""
-    grid_seeds: int = 2
-    """so many of the seeds also run MM-DPO at other w and k, where mm_dpo is among the arms"""
+    grid_seeds: int = 5
+    """so many of the seeds, the first, also run MM-DPO at other w and k, where mm_dpo is among the arms"""
     boards: int = 1000
     """boards to train on, three questions each, and a quarter as many clips with two"""
     held_out_boards: int = 120

@@ -41,7 +41,8 @@ def lines_of(summary: Summary, arms: Titles, grid: Titles, scores: Titles, basel
     before = policies[next(iter(arms))]
     lines = [
         f"Seeds {_listed(summary.seeds)}; {before['answers'].mean:.0f} questions about held-out boards and clips each.",
-        "Mean over seeds ± half of its 95 % interval (Student's t). Shares in %, differences in points.",
+        "Mean over seeds ± half of its 95 % interval (Student's t). Shares in %, differences in points. A * stands where "
+        "the interval of a difference leaves out 0: of twenty differences that are none, one has it by chance.",
     ]
     lines += _section("Wrong claims of greedy answers (hallucination rate), by task; untold: no picture answers it")
     lines += table(policies, arms, CLAIMS)
@@ -54,11 +55,13 @@ def lines_of(summary: Summary, arms: Titles, grid: Titles, scores: Titles, basel
         if len(arms) > 2:
             lines += _differences(summary, baseline, arms, f"Less {title}, paired by seed")
     if grid:
-        lines += _differences(summary, "mm_dpo", grid, "Other w and k, on some seeds: less MM-DPO at its own, paired")
+        tried = max(policies[name]["answers"].n for name in grid)
+        title = f"Other w and k, {tried} of {len(summary.seeds)} seeds: less MM-DPO at its own, paired by seed"
+        lines += _differences(summary, "mm_dpo", grid, title)
     lines += _section("Pairs of held-out answers whose better one is scored higher; what of critiques is true")
     lines += table(summary.means["scores"], scores, SCORES)
     if "scalar" in summary.differences:
-        lines += _section("Less the scalar reward model, paired by seed; * leaves out 0")
+        lines += _section("Less the scalar reward model, paired by seed")
         lines += table(summary.differences["scalar"], scores, SCORES[:1], signed=True)
     lines += _section("A mean step: groups (or pairs of two sequences), their pairs, operations, seconds, margin, beta")
     return [*lines, *table(policies, {**arms, **grid}, STEP)]
@@ -67,7 +70,7 @@ def lines_of(summary: Summary, arms: Titles, grid: Titles, scores: Titles, basel
 def _differences(summary: Summary, baseline: str, titles: Titles, title: str) -> list[str]:
     found = summary.differences[baseline]
     tables = [table(found, titles, columns, signed=True) for columns in (CLAIMS, OTHERS)]
-    return [*_section(f"{title}; * leaves out 0"), *tables[0], "", *tables[1]]
+    return [*_section(title), *tables[0], "", *tables[1]]
 
 
 def _section(title: str) -> list[str]:
