@@ -10,6 +10,7 @@ reward models; then, each from that SFT run, for as many optimizer steps and on 
     dpo              DPO: every pair has the same beta
     dpo_pairs        DPO, a step being as many single pairs, two full sequences each, as cost what its groups cost
     mm_dpo           MM-DPO as published, on the margins of the critique reward model
+    dpo_mean_beta    DPO at the mean beta of that MM-DPO run: as much beta, the same for every pair
     released_factor  MM-DPO as the released per-pair path has it: beta linear in that margin
     released_batch   MM-DPO as the released trainer really runs: one beta a batch, from its own log-ratios
     known_margins    MM-DPO on margin-matched labels: the annotators' pairs, each with the margin that is true
@@ -48,7 +49,7 @@ from mmrlhf_jax.data.rewards import REWARD
 from mmrlhf_jax.quickstart import new_model
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 from mmrlhf_jax.study.at_once import Job, run_at_once
-from mmrlhf_jax.study.figures import BEFORE, policy_figures, score_figures, scores_without_model
+from mmrlhf_jax.study.figures import BEFORE, policy_figures, score_figures, scores_without_model, step_figures
 from mmrlhf_jax.study.report import lines_of
 from mmrlhf_jax.study.summary import Summary, summarise
 
@@ -91,6 +92,7 @@ ARMS = {
     "dpo": Arm("DPO", QUICKSTART / "dpo.py"),
     "dpo_pairs": Arm("DPO, pairs at equal compute", STUDY / "dpo_pairs.py"),
     "mm_dpo": Arm("MM-DPO, published", MM_DPO, "generated"),
+    "dpo_mean_beta": Arm("DPO at MM-DPO's mean beta", QUICKSTART / "dpo.py"),
     "released_factor": Arm("MM-DPO, released factor", STUDY / "released_factor.py", "generated"),
     "released_batch": Arm("MM-DPO, released batch beta", STUDY / "released_batch.py"),
     "known_margins": Arm("MM-DPO, margin-matched labels", STUDY / "known_margins.py"),
@@ -145,6 +147,8 @@ class Arguments:
             raise UsageError("--seeds needs at least one seed, none negative and each once")
         if not self.arms or len(set(self.arms)) < len(self.arms) or not set(self.arms) <= set(ARMS):
             raise UsageError(f"--arms {' '.join(self.arms)}: name some of {', '.join(ARMS)}, each once")
+        if "dpo_mean_beta" in self.arms and "mm_dpo" not in self.arms:
+            raise UsageError("--arms dpo_mean_beta needs mm_dpo, whose mean beta it takes")
         if self.at_once < 1:
             raise UsageError(f"--at-once {self.at_once} is not positive")
         if self.grid_seeds < 0:
@@ -200,8 +204,7 @@ def _budget(arguments: Arguments) -> list[str]:
 
 def _stages(arguments: Arguments, seed: int) -> int:
     """How many stages a seed has."""
-    policies = len(arguments.arms) + (len(GRID) if seed in arguments.of_grid else 0)
-    sources = len(arguments.sources)
+    policies, sources = len(_arms(arguments, seed)), len(arguments.sources)
     models = len({source.run for source in arguments.sources.values()})
     # world, model, two data sets, SFT and three stages to measure it, reference; scores of both splits, measured; arms
     return 9 + models + 3 * sources + 4 * policies + ("dpo_pairs" in arguments.arms)
@@ -252,9 +255,14 @@ def _minutes(output: Path, seed: int) -> float:
 def _one_seed(stages: Stages, seed: int, arguments: Arguments) -> None:
     stages.output.mkdir(exist_ok=True)
     _prepare(stages, seed, arguments)
-    arms = {name: ARMS[name] for name in arguments.arms} | (GRID if seed in arguments.of_grid else {})
-    for name, arm in arms.items():
+    for name, arm in _arms(arguments, seed).items():
         _run_arm(stages, name, arm, seed, arguments)
+
+
+def _arms(arguments: Arguments, seed: int) -> dict[str, Arm]:
+    """Of a seed, in an order in which each finds what it takes from another."""
+    asked = {name: arm for name, arm in ARMS.items() if name in arguments.arms}
+    return asked | (GRID if seed in arguments.of_grid else {})
 
 
 def _prepare(stages: Stages, seed: int, arguments: Arguments) -> None:
@@ -331,6 +339,8 @@ def _run_arm(stages: Stages, name: str, arm: Arm, seed: int, arguments: Argument
         flags += ["--margins", _store(stages.output, SOURCES[arm.margins])]
     if name == "dpo_pairs":
         flags += ["--data.groups-per-step", _pairs_per_step(stages)]
+    if name == "dpo_mean_beta":
+        flags += ["--objective.beta", f"{step_figures(stages.output / 'mm_dpo')['beta']:.5f}"]
     _train(stages, name, arm.recipe, stages.output / BEFORE, arguments.preference_steps, seed, flags)
     _measure_policy(stages, name)
 
@@ -382,7 +392,7 @@ def _write(file: Path, figures: Callable[[], dict[str, Any]]) -> None:
 
 def _results(output: Path, seed: int, arguments: Arguments) -> dict[str, Any]:
     """Everything measured of a seed, also into its results.json."""
-    policies = (BEFORE, *arguments.arms, *(GRID if seed in arguments.of_grid else ()))
+    policies = (BEFORE, *_arms(arguments, seed))
     scores = {
         **scores_without_model(output),
         **{name: json.loads((output / "scores" / f"{name}.json").read_text()) for name in arguments.sources},
@@ -394,7 +404,7 @@ def _results(output: Path, seed: int, arguments: Arguments) -> dict[str, Any]:
 
 
 def _lines(summary: Summary, arguments: Arguments) -> list[str]:
-    arms = {name: TITLES[name] for name in (BEFORE, *arguments.arms)}
+    arms = {name: TITLES[name] for name in (BEFORE, *ARMS) if name in (BEFORE, *arguments.arms)}
     grid = {name: TITLES[name] for name in GRID if name in summary.means["policies"]}
     scores = {name: title for name, title in SCORE_TITLES.items() if name in summary.means["scores"]}
     baselines = {name: TITLES[name] for name in HELD_AGAINST if name in arms}

@@ -41,8 +41,8 @@ def lines_of(summary: Summary, arms: Titles, grid: Titles, scores: Titles, basel
     before = policies[next(iter(arms))]
     lines = [
         f"Seeds {_listed(summary.seeds)}; {before['answers'].mean:.0f} questions about held-out boards and clips each.",
-        "Mean over seeds ± half of its 95 % interval (Student's t). Shares in %, differences in points. A * stands where "
-        "the interval of a difference leaves out 0: of twenty differences that are none, one has it by chance.",
+        "Mean over seeds ± half of its 95 % interval (Student's t). Shares in %, differences in points. A * stands",
+        "where the interval of a difference leaves out 0: of twenty differences that are none, one has it by chance.",
     ]
     lines += _section("Wrong claims of greedy answers (hallucination rate), by task; untold: no picture answers it")
     lines += table(policies, arms, CLAIMS)

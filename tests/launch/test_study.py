@@ -36,6 +36,7 @@ def study(*arguments: object) -> subprocess.CompletedProcess[str]:
     [
         ({"arms": ("dpo", "ppo")}, "--arms dpo ppo: name some of sft_best, dpo"),
         ({"arms": ()}, "--arms"),
+        ({"arms": ("dpo_mean_beta", "dpo")}, "dpo_mean_beta needs mm_dpo"),
         ({"seeds": (1, 1)}, "--seeds"),
         ({"grid_seeds": -1}, "--grid-seeds -1"),
         ({"at_once": 0}, "--at-once 0"),
