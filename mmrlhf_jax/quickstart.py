@@ -27,7 +27,7 @@ Rows = Mapping[str, dict[str, Any]]  # lines of a world, by their id
 def new_model(directory: Path, side: int, texts: Iterable[str], seed: int, heads: int = 2) -> None:
     """A LLaVA-OneVision of under a million parameters whose patches are the cells of a board, `side` x `side` of them.
 
-    Its tokens are learned from `texts`. Random weights; starts a jax backend.
+    `heads` share the decoder's 128 features. Its tokens are learned from `texts`. Random weights; starts a jax backend.
     """
     from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
     from mmrlhf_jax.models.llava_onevision.model import declare

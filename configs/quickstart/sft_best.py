@@ -1,7 +1,7 @@
 """The control beside MM-DPO: supervised fine-tuning on each group's best answers, from the same SFT run.
 
 Same groups, same number of steps, same rate; it sees the best and never learns what was wrong with the others.
-Hardware: two CPU cores, about a minute. launch/quickstart.py runs it as
+Hardware: two CPU cores, about half a minute. launch/quickstart.py runs it as
 
     python launch/train.py configs/quickstart/sft_best.py --model SFT_RUN --dataset DATASET --output RUN
 """
