@@ -48,70 +48,16 @@ from mmrlhf_jax.data.digit_boards.world import MAPPING, SPLITS, WorldConfig, rea
 from mmrlhf_jax.data.rewards import REWARD
 from mmrlhf_jax.quickstart import new_model
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
+from mmrlhf_jax.study.arms import ARMS, BASELINES, GRID, HELD_AGAINST, SCORE_TITLES, SFT, SOURCES, TITLES, Arm, Source
 from mmrlhf_jax.study.at_once import Job, run_at_once
 from mmrlhf_jax.study.figures import BEFORE, policy_figures, score_figures, scores_without_model, step_figures
 from mmrlhf_jax.study.report import lines_of
 from mmrlhf_jax.study.summary import Summary, summarise
 
 LAUNCH = Path(__file__).resolve().parent
-QUICKSTART = LAUNCH.parent / "configs" / "quickstart"
-STUDY = LAUNCH.parent / "configs" / "study"
+CONFIGS = LAUNCH.parent / "configs"
 MULTIPLE = 16  # prompts are short: padding to 128 would be most of the work
 MOST_TOKENS = 24  # of an answer or a critique; the longest right ones have 14 and 17
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where scores come from: a reward model, and the critiques they are read behind."""
-
-    title: str
-    run: str
-    recipe: Path
-    critiques: str
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to learn from the annotations; `margins` is the source of MM-DPO's, where they are not in the data."""
-
-    title: str
-    recipe: Path
-    margins: str | None = None
-    flags: tuple[object, ...] = ()
-
-
-CRITIQUE_REWARD = QUICKSTART / "critique_reward_tasks.py"
-MM_DPO = QUICKSTART / "mm_dpo.py"
-SOURCES = {
-    "scalar": Source("scalar reward model", "scalar_reward", STUDY / "scalar_reward.py", "none"),
-    "generated": Source("critique model, its own critiques", "critique_reward", CRITIQUE_REWARD, "generated"),
-    "human": Source("critique model, annotators' reasons", "critique_reward", CRITIQUE_REWARD, "human"),
-}
-ARMS = {
-    "sft_best": Arm("SFT on the best", QUICKSTART / "sft_best.py"),
-    "dpo": Arm("DPO", QUICKSTART / "dpo.py"),
-    "dpo_pairs": Arm("DPO, pairs at equal compute", STUDY / "dpo_pairs.py"),
-    "mm_dpo": Arm("MM-DPO, published", MM_DPO, "generated"),
-    "dpo_mean_beta": Arm("DPO at MM-DPO's mean beta", QUICKSTART / "dpo.py"),
-    "released_factor": Arm("MM-DPO, released factor", STUDY / "released_factor.py", "generated"),
-    "released_batch": Arm("MM-DPO, released batch beta", STUDY / "released_batch.py"),
-    "known_margins": Arm("MM-DPO, margin-matched labels", STUDY / "known_margins.py"),
-    "scalar_margins": Arm("MM-DPO, scalar margins", MM_DPO, "scalar"),
-    "human_margins": Arm("MM-DPO, margins behind reasons", MM_DPO, "human"),
-}
-W_AND_K = ((0.1, 0.5), (2.0, 0.5), (0.5, 0.1), (0.5, 2.0), (2.0, 2.0))  # beside the recipe's own .5 and .5
-GRID = {
-    f"mm_dpo_w{w:g}_k{k:g}": Arm(f"w {w:g}, k {k:g}", MM_DPO, "generated", ("--objective.w", w, "--objective.k", k))
-    for w, k in W_AND_K
-}
-TITLES = {BEFORE: "SFT (before)", **{name: arm.title for name, arm in {**ARMS, **GRID}.items()}}
-SCORE_TITLES = {
-    "longer": "the longer answer",
-    "annotators": "annotators' ranks",
-    **{name: source.title for name, source in SOURCES.items()},
-}
-HELD_AGAINST: tuple[str, ...] = ("dpo", "sft_best")  # and the grid against mm_dpo
-BASELINES = {"policies": (*HELD_AGAINST, "mm_dpo"), "scores": ("scalar",)}
 
 
 @dataclass(frozen=True)
@@ -193,11 +139,10 @@ def main() -> None:
 def _budget(arguments: Arguments) -> list[str]:
     """How much will run, whether or not some of it has."""
     models = len({source.run for source in arguments.sources.values()})
-    seeds, arms, grid = len(arguments.seeds), len(arguments.arms), len(arguments.of_grid) * len(GRID)
-    trained = seeds * (1 + models + arms) + grid
+    seeds, arms, grid = len(arguments.seeds), len(arguments.arms), len(arguments.of_grid)
+    trained = seeds * (1 + models + arms) + grid * len(GRID)
     return [
-        f"{seeds} seeds, each an SFT run, {models} reward models and {arms} arms; {len(GRID)} other w and k for "
-        f"{len(arguments.of_grid)} of them:",
+        f"{seeds} seeds, {grid} of them with {len(GRID)} other w and k; each an SFT run, {models} reward models, {arms} arms:",
         f"{trained} runs of train.py, {sum(_stages(arguments, seed) for seed in arguments.seeds)} stages in all",
     ]
 
@@ -277,7 +222,7 @@ def _prepare(stages: Stages, seed: int, arguments: Arguments) -> None:
             "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *MAPPING,
             "--model", output / "model", "--output", data / split,
         )  # fmt: skip
-    _train(stages, BEFORE, QUICKSTART / "sft_tasks.py", output / "model", arguments.sft_steps, seed)
+    _train(stages, BEFORE, SFT, output / "model", arguments.sft_steps, seed)
     for run, recipe in {source.run: source.recipe for source in arguments.sources.values()}.items():
         _train(stages, run, recipe, output / BEFORE, arguments.reward_steps, seed)
     for name in arguments.sources:
@@ -295,17 +240,17 @@ def _prepare(stages: Stages, seed: int, arguments: Arguments) -> None:
 
 def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
     rows = read_questions(world, "train")
-    template = (QUICKSTART / "critique_template.txt").read_text()
+    template = (CONFIGS / "quickstart" / "critique_template.txt").read_text()
     texts = [text for row in rows for text in (row["question"], *row["answers"], *row["reasons"])]
     new_model(directory, side, [*texts, *[template] * len(rows)], seed, heads=4)
 
 
 def _train(
-    stages: Stages, run: str, recipe: Path, model: Path, steps: int | None, seed: int, flags: Iterable[object] = ()
+    stages: Stages, run: str, recipe: str, model: Path, steps: int | None, seed: int, flags: Iterable[object] = ()
 ) -> None:
     directory = stages.output / run
     stages.program(
-        run, directory / "complete.json", "train", recipe, "--model", model,
+        run, directory / "complete.json", "train", CONFIGS / f"{recipe}.py", "--model", model,
         "--dataset", stages.output / "data" / "train", "--output", directory, "--seed", seed,
         *(() if steps is None else ("--data.max-steps", steps)), *flags,
     )  # fmt: skip
@@ -359,7 +304,7 @@ def _pairs_per_step(stages: Stages) -> int:
         from mmrlhf_jax.study.cost import pairs_of_equal_cost
         from mmrlhf_jax.training.recipe import read_recipe
 
-        groups, pairs = (read_recipe(ARMS[name].recipe) for name in ("dpo", "dpo_pairs"))
+        groups, pairs = (read_recipe(CONFIGS / f"{ARMS[name].recipe}.py") for name in ("dpo", "dpo_pairs"))
         data = stages.output / "data" / "train"
         file.write_text(json.dumps(pairs_of_equal_cost(groups, pairs, stages.output / BEFORE, data)) + "\n")
 
