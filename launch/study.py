@@ -142,7 +142,7 @@ def _budget(arguments: Arguments) -> list[str]:
     seeds, arms, grid = len(arguments.seeds), len(arguments.arms), len(arguments.of_grid)
     trained = seeds * (1 + models + arms) + grid * len(GRID)
     return [
-        f"{seeds} seeds, {grid} of them with {len(GRID)} other w and k; each an SFT run, {models} reward models, {arms} arms:",
+        f"{seeds} seeds, each an SFT run, {models} reward models and {arms} arms; {grid} also {len(GRID)} other w and k:",
         f"{trained} runs of train.py, {sum(_stages(arguments, seed) for seed in arguments.seeds)} stages in all",
     ]
 
