@@ -17,14 +17,14 @@ reward models; then, each from that SFT run, for as many optimizer steps and on 
     scalar_margins   MM-DPO on the margins of a scalar reward model
     human_margins    MM-DPO on margins of the critique model reading the annotators' reasons, not critiques of its own
 
-and MM-DPO at other w and k (--grid-seeds). Held-out answers are counted against what is true. Figures are
-means over seeds with the 95 % interval of Student's t; differences are paired by seed, as seeds differ more than arms.
-At the end OUTPUT/table.md, which is printed, and OUTPUT/results.json; OUTPUT/seed_N/results.json for each seed.
+and MM-DPO at other w and k (--grid-seeds). Held-out answers are counted against what is true. Figures are means over
+seeds with the 95 % interval of Student's t; differences are paired by seed, as seeds differ more than arms. At the end
+OUTPUT/table.md, which is printed, and OUTPUT/results.json; of each seed OUTPUT/seed_N/results.json.
 
-Steps and rates were chosen on seed 0, which is therefore not among the seeds by default. Every stage is a program a
-user calls, printed before it runs. It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again
-resumes, with more seeds or arms too; finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage,
-75 interrupted.
+Steps and rates were chosen on seed 0, which is therefore not among the seeds by default, and are the same for all arms:
+none was tuned for itself. Every stage is a program a user calls; seed_N/log.txt has its command and what it printed.
+It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again resumes, with more seeds or arms too;
+finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _budget(arguments: Arguments) -> list[str]:
     seeds, arms, grid = len(arguments.seeds), len(arguments.arms), len(arguments.of_grid)
     trained = seeds * (1 + models + arms) + grid * len(GRID)
     return [
-        f"{seeds} seeds, each an SFT run, {models} reward models and {arms} arms; {grid} also {len(GRID)} other w and k:",
+        f"{seeds} seeds, each an SFT run, {models} reward models, {arms} arms; {grid} also {len(GRID)} other w and k:",
         f"{trained} runs of train.py, {sum(_stages(arguments, seed) for seed in arguments.seeds)} stages in all",
     ]
 
