@@ -22,9 +22,9 @@ seeds with the 95 % interval of Student's t; differences are paired by seed, as 
 OUTPUT/table.md, which is printed, and OUTPUT/results.json; of each seed OUTPUT/seed_N/results.json.
 
 Steps and rates were chosen on seed 0, which is therefore not among the seeds by default, and are the same for all arms:
-none was tuned for itself. Every stage is a program a user calls; seed_N/log.txt has its command and what it printed.
-It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again resumes, with more seeds or arms too;
-finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted.
+none was tuned for itself. Every stage is a program a user calls, printed before it runs: into seed_N/log.txt where
+seeds run side by side. It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again resumes, with
+more seeds or arms too; finished stages are not run again. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted.
 """
 
 from __future__ import annotations
