@@ -45,7 +45,8 @@ def work_of(
 ) -> Work:
     """`lengths` of every row of the dataset."""
     tokens, flops = (
-        np.array(each) for each in zip(*(_item(recipe, config, lengths[i.row], i.responses) for i in data.items.items))
+        np.array(each)
+        for each in zip(*(item_cost(recipe, config, lengths[i.row], i.responses) for i in data.items.items))
     )
     per_step = np.zeros((2, data.plan.steps))
     for micro in data.plan.micro_batches:
@@ -55,7 +56,9 @@ def work_of(
     return Work(per_step[0], per_step[1], None if chip is None else chip.bf16_flops * mesh.size)
 
 
-def _item(recipe: Recipe, config: LlavaOnevisionConfig, lengths: Lengths, chosen: Sequence[int]) -> tuple[float, float]:
+def item_cost(
+    recipe: Recipe, config: LlavaOnevisionConfig, lengths: Lengths, chosen: Sequence[int]
+) -> tuple[float, float]:
     """Tokens and operations of one item, whose group has these lengths and of which these responses take part."""
     responses = tuple(lengths.responses[k] for k in chosen)
     scored = sum((lengths.scored or lengths.responses)[k] for k in chosen)

@@ -1,0 +1,64 @@
+"""What a study compares: ways to learn from the annotations, and where their margins come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mmrlhf_jax.data.rewards import Critiques
+from mmrlhf_jax.study.figures import BEFORE
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where scores come from: a reward model, of a recipe under configs/, and the critiques they are read behind."""
+
+    title: str
+    run: str
+    recipe: str
+    critiques: Critiques
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to learn from the annotations: a recipe under configs/, and flags it is run with. `margins` is the source
+    of MM-DPO's, where they are not in the data."""
+
+    title: str
+    recipe: str
+    margins: str | None = None
+    flags: tuple[object, ...] = ()
+
+
+SFT = "quickstart/sft_tasks"
+CRITIQUE_REWARD = "quickstart/critique_reward_tasks"
+DPO, MM_DPO = "quickstart/dpo", "quickstart/mm_dpo"
+SOURCES = {
+    "scalar": Source("scalar reward model", "scalar_reward", "study/scalar_reward", "none"),
+    "generated": Source("critique model, its own critiques", "critique_reward", CRITIQUE_REWARD, "generated"),
+    "human": Source("critique model, annotators' reasons", "critique_reward", CRITIQUE_REWARD, "human"),
+}
+ARMS = {  # each behind what it takes from another
+    "sft_best": Arm("SFT on the best", "quickstart/sft_best"),
+    "dpo": Arm("DPO", DPO),
+    "dpo_pairs": Arm("DPO, pairs at equal compute", "study/dpo_pairs"),
+    "mm_dpo": Arm("MM-DPO, published", MM_DPO, "generated"),
+    "dpo_mean_beta": Arm("DPO at MM-DPO's mean beta", DPO),
+    "released_factor": Arm("MM-DPO, released factor", "study/released_factor", "generated"),
+    "released_batch": Arm("MM-DPO, released batch beta", "study/released_batch"),
+    "known_margins": Arm("MM-DPO, margin-matched labels", "study/known_margins"),
+    "scalar_margins": Arm("MM-DPO, scalar margins", MM_DPO, "scalar"),
+    "human_margins": Arm("MM-DPO, margins behind reasons", MM_DPO, "human"),
+}
+W_AND_K = ((0.1, 0.5), (2.0, 0.5), (0.5, 0.1), (0.5, 2.0), (2.0, 2.0))  # beside the recipe's own .5 and .5
+GRID = {
+    f"mm_dpo_w{w:g}_k{k:g}": Arm(f"w {w:g}, k {k:g}", MM_DPO, "generated", ("--objective.w", w, "--objective.k", k))
+    for w, k in W_AND_K
+}
+TITLES = {BEFORE: "SFT (before)", **{name: arm.title for name, arm in {**ARMS, **GRID}.items()}}
+SCORE_TITLES = {
+    "longer": "the longer answer",
+    "annotators": "annotators' ranks",
+    **{name: source.title for name, source in SOURCES.items()},
+}
+HELD_AGAINST: tuple[str, ...] = ("dpo", "sft_best")  # and the grid against mm_dpo
+BASELINES = {"policies": (*HELD_AGAINST, "mm_dpo"), "scores": ("scalar",)}

@@ -1,0 +1,125 @@
+"""The study, made small: not to learn anything, but to see that it stops, goes on, runs once and adds up."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_world import ROOT, command, environment
+
+from mmrlhf_jax.command import UsageError
+
+PROGRAM = runpy.run_path(str(ROOT / "launch" / "study.py"), run_name="study")
+ARMS = ("dpo", "mm_dpo")
+TINY = (
+    "--boards", 24, "--held-out-boards", 8, "--sft-steps", 2, "--reward-steps", 1, "--preference-steps", 2,
+    "--seeds", 3, 4, "--grid-seeds", 0, "--arms", *ARMS,
+)  # fmt: skip
+T_OF_ONE_DEGREE = 12.7062
+
+
+def study(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Its stages in its own process, which saves starting Python for each."""
+    words = [sys.executable, str(ROOT / "tests" / "one_process.py"), *command("study", *arguments)[1:]]
+    return subprocess.run(words, env=environment(1), capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"arms": ("dpo", "ppo")}, "--arms dpo ppo: name some of sft_best, dpo"),
+        ({"arms": ()}, "--arms"),
+        ({"arms": ("dpo_mean_beta", "dpo")}, "dpo_mean_beta needs mm_dpo"),
+        ({"seeds": (1, 1)}, "--seeds"),
+        ({"grid_seeds": -1}, "--grid-seeds -1"),
+        ({"at_once": 0}, "--at-once 0"),
+        ({"boards": 0}, "--boards 0"),
+    ],
+)
+def test_what_makes_no_study_is_bad_usage(asked: dict[str, object], named: str) -> None:
+    with pytest.raises(UsageError, match=named):
+        PROGRAM["Arguments"](**asked)
+
+
+def test_a_subset_of_arms_needs_the_reward_models_of_its_margins_only() -> None:
+    arguments = PROGRAM["Arguments"]
+    assert list(arguments(arms=("sft_best", "dpo", "known_margins")).sources) == []
+    assert list(arguments(arms=("mm_dpo",)).sources) == ["generated"]
+    assert list(arguments().sources) == ["scalar", "generated", "human"]
+    assert arguments(arms=("dpo",)).of_grid == ()
+    assert arguments(seeds=(7, 8, 9), grid_seeds=2).of_grid == (7, 8)
+
+
+def interrupted(output: Path) -> None:
+    """Starts the study as a user would, two seeds at once, and stops it when one of them has begun to train."""
+    with (output.parent / "first.txt").open("w") as printed:
+        process = subprocess.Popen(
+            command("study", "--output", output, *TINY, "--at-once", 2),
+            env=environment(1), stdout=printed, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    prepared = [output / f"seed_{seed}" / "stages" / "prepare_held_out.json" for seed in (3, 4)]
+    until = time.monotonic() + 300
+    while not any(file.exists() for file in prepared) and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    said = (output.parent / "first.txt").read_text
+    assert process.wait(120) == 75, said()
+    assert "run the same command to go on" in said()
+    assert any("interrupted" in (output / f"seed_{seed}" / "log.txt").read_text() for seed in (3, 4))
+
+
+def check_the_tables_arithmetic(output: Path) -> None:
+    results = json.loads((output / "results.json").read_text())
+    seeds = {seed: json.loads((output / f"seed_{seed}" / "results.json").read_text()) for seed in ("3", "4")}
+    assert results["seeds"] == seeds
+    table = (output / "table.md").read_text()
+    for arm in ("sft", *ARMS):
+        first, second = (seeds[seed]["policies"][arm]["hallucination"]["all"] for seed in ("3", "4"))
+        found = results["summary"]["means"]["policies"][arm]["hallucination/all"]
+        half = T_OF_ONE_DEGREE * abs(first - second) / 2  # s = |a - b| / sqrt 2, over sqrt 2
+        assert found["mean"] == pytest.approx((first + second) / 2)
+        assert found["half"] == pytest.approx(half, rel=1e-5)
+        assert f"{100 * (first + second) / 2:.1f} ± {100 * half:.1f}" in table
+    for figure in ("preference_accuracy", "length"):
+        ours, theirs = ([seeds[seed]["policies"][arm][figure] for seed in ("3", "4")] for arm in ("mm_dpo", "dpo"))
+        less = [a - b for a, b in zip(ours, theirs, strict=True)]
+        found = results["summary"]["differences"]["dpo"]["mm_dpo"][figure]
+        assert found["mean"] == pytest.approx(sum(less) / 2, abs=1e-12)
+        assert found["half"] == pytest.approx(T_OF_ONE_DEGREE * abs(less[0] - less[1]) / 2, rel=1e-5, abs=1e-9)
+    for seed in seeds.values():
+        dpo, mm_dpo = (seed["policies"][arm] for arm in ARMS)
+        assert (dpo["step"]["items"], dpo["step"]["pairs"]) == (mm_dpo["step"]["items"], mm_dpo["step"]["pairs"])
+        assert dpo["step"]["beta"] == pytest.approx(0.1)
+        assert 0.1 <= mm_dpo["step"]["beta"] <= 0.15
+        assert math.isclose(dpo["step"]["gigaflop"], mm_dpo["step"]["gigaflop"])
+        assert set(seed["scores"]) == {"longer", "annotators", "generated"}  # nobody needs a scalar reward model
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_was_stopped_and_adds_up(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    output = tmp_path / "out"
+    interrupted(output)
+    there = {file: file.read_text() for file in output.glob("seed_*/stages/*.json")}
+
+    done = study("--output", output, *TINY, "--at-once", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done already") == len(there)
+    assert all(file.read_text() == record for file, record in there.items())
+    (stages,) = [int(line.split()[-4]) for line in done.stdout.splitlines() if line.endswith("stages in all")]
+    assert stages == len(list(output.glob("seed_*/stages/*.json")))
+    check_the_tables_arithmetic(output)
+
+    began = time.perf_counter()
+    again = study("--output", output, *TINY)
+    assert again.returncode == 0
+    assert time.perf_counter() - began < 60
+    assert again.stdout.count("done already") == stages
+    assert (output / "table.md").read_text() in again.stdout
