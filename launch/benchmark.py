@@ -11,7 +11,10 @@ Exit codes: 0 done, 1 failed, 2 bad usage.
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Annotated, Any
 
 import tyro
@@ -31,6 +34,7 @@ TIME: dict[type, Callable[[Any], None]] = {
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, _stop)
     command = tyro.cli(
         Annotated[Step, tyro.conf.subcommand("step")]
         | Annotated[Generate, tyro.conf.subcommand("generate")]
@@ -40,6 +44,10 @@ def main() -> None:
         description=__doc__,
     )
     TIME[type(command)](command)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)  # an exception: the processes that are timed are ended on the way out
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def busy() -> str | None:
+    """A warning where other work waits for the cores, which slows two sides by different factors; None elsewhere."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # not on Windows
+    if load <= 0.5 * cores() + 0.5:
+        return None
+    return f"NOTE: {load:.1f} processes wait for {cores()} cores: neither times nor ratios are to be trusted"
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")  # where Linux says it; elsewhere Python knows
     lines = info.read_text().splitlines() if info.exists() else []

@@ -28,12 +28,12 @@ from typing import Any, Literal
 
 import jax
 
-from mmrlhf_jax.benchmarks.machine import machine
+from mmrlhf_jax.benchmarks.machine import busy, machine
 from mmrlhf_jax.benchmarks.models import Shape, shape_config, write_models
 from mmrlhf_jax.benchmarks.ops import table, with_bounds
 from mmrlhf_jax.benchmarks.sides import Form, Measured, Settings, Side
 from mmrlhf_jax.benchmarks.workload import ANSWERS, PICTURES, Case, mix_cases, ranked_case
-from mmrlhf_jax.command import CommandError, UsageError
+from mmrlhf_jax.command import CommandError, UsageError, progress_line
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.cost import group_flops, pairs_flops
 from mmrlhf_jax.nn.attention import Backend
@@ -153,6 +153,8 @@ def _check(command: Step) -> None:
         raise UsageError(
             f"--repeats and --pairs-at-once are at least 1, --mix is 0 to {MOST_OF_MIX}, --mix-pairs is not negative"
         )
+    if wrong := [k for k in command.responses if k < 2]:
+        raise UsageError(f"--responses {wrong[0]}: preferences are between at least 2 responses")
     if command.lora_rank < 0:
         raise UsageError(f"--lora-rank {command.lora_rank}: a rank is positive; 0 is no adapters")
     needed = ["trl", "torch", *(["peft"] if command.lora_rank else [])]
@@ -204,6 +206,8 @@ def _say_what_runs(bench: Bench) -> None:
         f"medians of {command.repeats}",
         flush=True,
     )
+    if note := busy():
+        print(note, flush=True)
 
 
 def _some(case: Case, count: int) -> tuple[tuple[int, int], ...]:
@@ -218,9 +222,9 @@ def _time_case(bench: Bench, case: Case, timed: tuple[tuple[int, int], ...]) -> 
     command, ours, other, shape = bench.command, bench.ours, bench.other, case.shape(bench.config)
     first = {side.form: side.prepare(case, pairs) for side, pairs in ((ours, case.pairs), (other, timed))}
     steps: dict[str, list[Measured]] = {ours.form: [], other.form: []}
-    for _ in range(command.repeats):
-        for side in (ours, other):
-            steps[side.form].append(side.step())
+    turns = [side for _ in range(command.repeats) for side in (ours, other)]
+    for side in progress_line(turns, desc=f"K={len(case.responses)}, steps of both sides", unit="step", leave=False):
+        steps[side.form].append(side.step())
     mine, theirs = steps[ours.form], steps[other.form]
     if timed == case.pairs:
         _check_same(case, mine[0], theirs[0], bench.compute.dtype)
@@ -280,6 +284,7 @@ def _median(steps: Iterable[Measured]) -> float:
 
 def _line(row: dict[str, Any], ours: str, other: str) -> str:
     seconds, peak, low_high, waits = row["seconds"], row["peak_bytes"], row["ratio_range"], row["data_wait_share"]
+    spread = f"{low_high[0]:.2f} to {low_high[1]:.2f}, " if low_high[0] < low_high[1] else ""
     some = "" if row["pairs_timed"] == row["pairs"] else f" ({row['pairs_timed']} timed)"
     return (
         f"K={row['K']}, {row['pairs']} pairs{some}, picture {row['case']}, prompt {row['prompt']}: {ours} "
@@ -287,7 +292,7 @@ def _line(row: dict[str, Any], ours: str, other: str) -> str:
         f"{row['mfu'][ours]:.0%} MFU, {peak[ours] / 2**30:.2f} GiB, data wait {waits[ours]:.1%}), {other} "
         f"{seconds[other]:.2f} s ({row['pairs_per_second'][other]:.2f} pairs/s, {peak[other] / 2**30:.2f} GiB, data "
         f"wait {waits[other]:.1%}): {row['ratio']:.2f}x "
-        f"({low_high[0]:.2f} to {low_high[1]:.2f}), by FLOPs {row['flops_ratio']:.2f}x; first step "
+        f"({spread}by FLOPs {row['flops_ratio']:.2f}x); first step "
         f"{row['first_step_seconds'][ours]:.0f} s"
     )
 

@@ -319,9 +319,9 @@ def _merge(together: Any, before: Any, changed: Any) -> Any:
 def _smallest(
     recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, mesh: AnyMesh, responses: int
 ) -> Iterator[Holder]:
-    """Of each kind of chip the fewest that hold the recipe by the estimate, each with the groups it has now, one copy
-    of the parameters over all of them."""
-    each = bucket.groups // (mesh.shape["data"] * mesh.shape["fsdp"])
+    """Of each kind of chip the fewest that hold the recipe by the estimate, one copy of the parameters over all of
+    them, each with one group where the recipe leaves that open, else with the groups it has now."""
+    each = bucket.groups // (mesh.shape["data"] * mesh.shape["fsdp"]) if recipe.data.slots_per_device else 1
     spread = MeshConfig(data=1, fsdp=-1, tensor=mesh.shape["tensor"])
     for chip in ACCELERATORS.values():
         for target in candidates(chip):

@@ -11,11 +11,19 @@ import jax
 from mmrlhf_jax.models.families import declare
 from mmrlhf_jax.nn.devices import GIB
 from mmrlhf_jax.nn.params import count
+from mmrlhf_jax.nn.remat import RematRung
 from mmrlhf_jax.nn.sharding import MeshConfig, shape_of_mesh
 from mmrlhf_jax.planning.compiled import Compiled, TooLarge
 from mmrlhf_jax.planning.plan import Plan
 from mmrlhf_jax.training.memory import GRADIENTS, MARGIN
 from mmrlhf_jax.training.planning import abstract_run
+
+_AGAIN: dict[RematRung, str] = {
+    "full": "everything",
+    "attention": "all but attention",
+    "projections": "norms and activations",
+    "none": "nothing",
+}
 
 
 def lines(plan: Plan) -> Iterator[str]:
@@ -42,7 +50,8 @@ def _what(plan: Plan) -> Iterator[str]:
     trains = sum(leaf.size for leaf in jax.tree.leaves(run.state.trainable))
     yield (
         f"{type(recipe.objective).__name__}: {count(declare(config)) / 1e9:.2f} billion parameters, {trains / 1e9:.3g} "
-        f"billion that train; remat {recipe.compute.rung!r}, {recipe.compute.dtype}"
+        f"billion that train; remat {recipe.compute.rung!r} (computed again: {_AGAIN[recipe.compute.rung]}), "
+        f"{recipe.compute.dtype}"
     )
     sizes = ", ".join(f"{axis} {size}" for axis, size in mesh.items())
     yield f"{plan.target}: {plan.target.total} chips, mesh {sizes}"
@@ -113,16 +122,16 @@ def _verdict(plan: Plan) -> Iterator[str]:
     yield verdict(plan)
     has = plan.target.chip.memory
     if plan.changes:
-        yield "what would need less, by the estimate:"
+        yield "what would need less, by the estimate (what it frees may then go into recomputing less):"
     for change in plan.changes:
         yield f"  {_gib(change.total):>8} GiB  {'fits' if change.total <= has else 'does not fit'}  {change.flags}"
     if plan.smallest:
-        yield "fewest chips of each kind that hold it, by the estimate, with as many groups each:"
+        yield "fewest chips of each kind that hold it, by the estimate, recomputing and cutting up what is left open:"
     for holder in sorted(plan.smallest, key=lambda holder: holder.target.total):
         held = f"{_gib(holder.total)} of {_gib(holder.target.chip.memory)} GiB"
         yield f"  {holder.target.total:>4} chips  {holder.target!s:<14}{held}"
     if not plan.smallest:
-        yield "no size of any chip listed holds it by the estimate, with as many groups each"
+        yield "no size of any chip listed holds it by the estimate"
 
 
 def _gib(amount: float) -> str:
