@@ -18,6 +18,9 @@ from mmrlhf_jax.training.recipe import OptimizerConfig, PartRates, Recipe
 from mmrlhf_jax.training.state import combine, partition, sharing_tower
 from mmrlhf_jax.training.step import loss_and_metrics, multiplied_in_compute_dtype, rounded
 
+# compiling is what takes time
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
 
 @functools.cache
 def batch():
@@ -45,7 +48,8 @@ def loss(params, dtype, reference=None):
 
 def gradients(dtype, round_first):
     params = jax.tree.map(jnp.asarray, random_params())
-    return jax.grad(loss)(rounded(params, dtype) if round_first else params, dtype)
+    gradient = quick(jax.grad(functools.partial(loss, dtype=dtype)))
+    return gradient(rounded(params, dtype) if round_first else params)
 
 
 def test_kernels_have_gradients_in_the_compute_dtype_and_tables_norms_and_biases_in_fp32():
@@ -80,8 +84,8 @@ def test_a_reference_without_a_tower_sees_through_the_policys():
     def value(trainable, reference):
         return loss(combine(trainable, frozen), "float32", reference)
 
-    apart = jax.value_and_grad(value)(trainable, reference)
-    shared = jax.value_and_grad(value)(trainable, sharing_tower(Recipe(), reference))
+    apart = quick(jax.value_and_grad(value))(trainable, reference)
+    shared = quick(jax.value_and_grad(value))(trainable, sharing_tower(Recipe(), reference))
     assert sharing_tower(Recipe(), reference).tower is None
     jax.tree.map(np.testing.assert_array_equal, apart, shared)
 
