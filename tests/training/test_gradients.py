@@ -76,7 +76,7 @@ def test_a_heads_kernel_is_read_in_fp32():
 
 
 def test_a_reference_without_a_tower_sees_through_the_policys():
-    """Where the tower is frozen both have the same one: not a bit of loss or gradients changes."""
+    """Where the tower is frozen both have the same one: loss and gradients change by rounding at most."""
     policy, reference = (jax.tree.map(jnp.asarray, random_params(seed=seed)) for seed in (0, 1))
     reference = dataclasses.replace(reference, tower=policy.tower)
     trainable, frozen = partition(policy, lambda name: not name.startswith("tower."))
@@ -87,7 +87,8 @@ def test_a_reference_without_a_tower_sees_through_the_policys():
     apart = quick(jax.value_and_grad(value))(trainable, reference)
     shared = quick(jax.value_and_grad(value))(trainable, sharing_tower(Recipe(), reference))
     assert sharing_tower(Recipe(), reference).tower is None
-    jax.tree.map(np.testing.assert_array_equal, apart, shared)
+    for one, other in zip(jax.tree.leaves(apart), jax.tree.leaves(shared), strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5 * np.abs(one).max())
 
 
 def test_a_tower_that_trains_is_not_shared():
