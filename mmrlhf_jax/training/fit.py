@@ -48,15 +48,16 @@ class Fitted:
 
 
 def device_memory() -> float | None:
-    """Bytes a program can have on one device of this kind; None on CPUs, whose memory is not ours to fill."""
+    """Bytes a program can have on one device of this kind, less where jax was told to take less; None on CPUs, whose
+    memory is not ours to fill, and where nobody says."""
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return None
-    listed = accelerator(device.device_kind)
-    if listed is not None:
-        return listed.memory
-    said = device.memory_stats() or {}
-    return float(said["bytes_limit"]) if "bytes_limit" in said else None
+    listed, said = accelerator(device.device_kind), device.memory_stats() or {}
+    known = [] if listed is None else [listed.memory]
+    if "bytes_limit" in said:
+        known.append(float(said["bytes_limit"]))
+    return min(known, default=None)
 
 
 def fit(

@@ -68,6 +68,31 @@ def test_a_cpu_is_not_filled():
     assert (result.recipe.compute.remat, result.recipe.data.slots_per_device) == ("full", 8192)
 
 
+@dataclasses.dataclass
+class Device:
+    device_kind: str
+    limit: float | None
+    platform: str = "gpu"
+
+    def memory_stats(self):
+        return None if self.limit is None else {"bytes_limit": self.limit}
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "memory"),
+    [
+        ("NVIDIA H200", 150e9, 141e9),  # as its sheet says
+        ("NVIDIA H200", 70e9, 70e9),  # XLA_PYTHON_CLIENT_MEM_FRACTION=.5
+        ("NVIDIA H200", None, 141e9),
+        ("another", 20e9, 20e9),
+        ("another", None, None),
+    ],
+)
+def test_a_device_has_what_it_says_and_its_sheet_allows(monkeypatch, kind, limit, memory):
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device(kind, limit)])
+    assert device_memory() == memory
+
+
 def test_a_layer_takes_no_open_choice():
     with pytest.raises(ValueError, match="not a rung"):
         remat(jax.numpy.sin, "auto")
