@@ -31,11 +31,13 @@ from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data.digit_boards.questions import TASKS
 from mmrlhf_jax.data.digit_boards.world import MAPPING, SPLITS, WorldConfig, read_questions, write_world
 from mmrlhf_jax.quickstart import (
+    MULTIPLE,
+    annotate_logps,
     annotator_accuracy,
     critique_measures,
     known_pairs,
     measured_answers,
-    new_model,
+    model_of_world,
     pair_accuracy,
     read_answers,
     response_logps,
@@ -48,7 +50,6 @@ LAUNCH = Path(__file__).resolve().parent
 RECIPES = LAUNCH.parent / "configs" / "quickstart"
 POLICIES = {"sft": "SFT (before)", "sft_best": "SFT on the best", "dpo": "DPO", "mm_dpo": "MM-DPO"}
 ALIGNED = ("sft_best", "dpo", "mm_dpo")
-MULTIPLE = 16  # prompts are short: padding to 128 would be most of the work
 MOST_TOKENS = 24  # of an answer or a critique; the longest right ones have 14 and 17
 
 
@@ -91,11 +92,11 @@ def main() -> None:
     _train(stages, "critique_reward", "critique_reward_tasks", output / "sft", arguments.reward_steps, seed)
     for split in SPLITS:
         _annotate_rewards(stages, split)
-    _annotate_logps(stages, "train", "sft")
+    annotate_logps(stages, "train", "sft")
     for policy in ALIGNED:
         _train(stages, policy, policy, output / "sft", arguments.preference_steps, seed)
     for policy in POLICIES:
-        _annotate_logps(stages, "held_out", policy)
+        annotate_logps(stages, "held_out", policy)
         _generate(stages, policy)
     stages.call("evaluate", output / "results.json", lambda: _evaluate(output))
     exported = output / "mm_dpo_hf"
@@ -111,20 +112,19 @@ def _data(stages: Stages, arguments: Arguments) -> None:
     output, world = stages.output, stages.output / "world"
     config = WorldConfig(arguments.boards, arguments.held_out_boards, seed=arguments.seed)
     stages.call("world", world, lambda: write_world(world, config))
-    stages.call("model", output / "model", lambda: _new_model(output / "model", world, config.side, arguments.seed))
+    stages.call(
+        "model",
+        output / "model",
+        lambda: model_of_world(
+            output / "model", world, RECIPES / "critique_template.txt", config.side, arguments.seed, heads=4
+        ),
+    )
     for split in SPLITS:
         stages.program(
             f"prepare_{split}", output / "data" / split, "prepare", "--source", "mapped",
             "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *MAPPING,
             "--model", output / "model", "--output", output / "data" / split,
         )  # fmt: skip
-
-
-def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
-    rows = read_questions(world, "train")
-    template = (RECIPES / "critique_template.txt").read_text()
-    texts = [text for row in rows for text in (row["question"], *row["answers"], *row["reasons"])]
-    new_model(directory, side, [*texts, *[template] * len(rows)], seed, heads=4)
 
 
 def _train(stages: Stages, run: str, recipe: str, model: Path, steps: int | None, seed: int) -> None:
@@ -142,16 +142,6 @@ def _annotate_rewards(stages: Stages, split: str) -> None:
         "--model", stages.output / "critique_reward", "--with", "reward", "--dtype", "float32",
         "--max-new-tokens", MOST_TOKENS, "--multiple", MULTIPLE, "--max-buckets", 1,
         "--decode.multiple", MULTIPLE, "--decode.max-buckets", 1,
-    )  # fmt: skip
-
-
-def _annotate_logps(stages: Stages, split: str, policy: str) -> None:
-    """Log-probs of every answer under a policy: a reference to train against, or to compare policies."""
-    data = stages.output / "data" / split
-    stages.program(
-        f"logps_{split}_{policy}", data / "annotations", "annotate", "--dataset", data,
-        "--model", stages.output / policy, "--with", "reference", "--dtype", "float32",
-        "--multiple", MULTIPLE, "--max-buckets", 1,
     )  # fmt: skip
 
 

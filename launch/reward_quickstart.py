@@ -35,7 +35,12 @@ from mmrlhf_jax.data.digit_boards.world import (
     read_questions,
     write_world,
 )
-from mmrlhf_jax.quickstart import critique_measures, new_model, pair_accuracy, stored_rewards
+from mmrlhf_jax.quickstart import (
+    critique_measures,
+    model_of_world,
+    pair_accuracy,
+    stored_rewards,
+)
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 
 LAUNCH = Path(__file__).resolve().parent
@@ -114,7 +119,11 @@ def _one_seed(output: Path, seed: int, arguments: Arguments) -> dict[str, float]
     stages, world, data = Stages(output, LAUNCH), output / "world", output / "data"
     config = plain_world(arguments.boards, arguments.held_out_boards, seed)
     stages.call("world", world, lambda: write_world(world, config))
-    stages.call("model", output / "model", lambda: _new_model(output / "model", world, config.side, seed))
+    stages.call(
+        "model",
+        output / "model",
+        lambda: model_of_world(output / "model", world, RECIPES / "critique_template.txt", config.side, seed),
+    )
     for split in SPLITS:
         stages.program(
             f"prepare_{split}", data / split, "prepare", "--source", "mapped",
@@ -151,13 +160,6 @@ def _annotate(stages: Stages, name: str) -> None:
         "--with", "reward", "--critiques", scorer.critiques, "--dtype", "float32", "--multiple", MULTIPLE,
         "--max-buckets", 1, *(flags if scorer.critiques == "generated" else ()),
     )  # fmt: skip
-
-
-def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
-    rows = read_questions(world, "train")
-    template = (RECIPES / "critique_template.txt").read_text()
-    texts = [text for row in rows for text in (row["question"], *row["answers"], *row["reasons"])]
-    new_model(directory, side, [*texts, *[template] * len(rows)], seed)
 
 
 def _baselines(output: Path) -> dict[str, float]:

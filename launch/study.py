@@ -44,9 +44,13 @@ from tqdm import tqdm
 
 from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data.annotations import find
-from mmrlhf_jax.data.digit_boards.world import MAPPING, SPLITS, WorldConfig, read_questions, write_world
+from mmrlhf_jax.data.digit_boards.world import MAPPING, SPLITS, WorldConfig, write_world
 from mmrlhf_jax.data.rewards import REWARD
-from mmrlhf_jax.quickstart import new_model
+from mmrlhf_jax.quickstart import (
+    MULTIPLE,
+    annotate_logps,
+    model_of_world,
+)
 from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
 from mmrlhf_jax.study.arms import ARMS, BASELINES, GRID, HELD_AGAINST, SCORE_TITLES, SFT, SOURCES, TITLES, Arm, Source
 from mmrlhf_jax.study.at_once import Job, run_at_once
@@ -56,7 +60,6 @@ from mmrlhf_jax.study.summary import Summary, summarise
 
 LAUNCH = Path(__file__).resolve().parent
 CONFIGS = LAUNCH.parent / "configs"
-MULTIPLE = 16  # prompts are short: padding to 128 would be most of the work
 MOST_TOKENS = 24  # of an answer or a critique; the longest right ones have 14 and 17
 
 
@@ -215,7 +218,13 @@ def _prepare(stages: Stages, seed: int, arguments: Arguments) -> None:
     output, world, data = stages.output, stages.output / "world", stages.output / "data"
     config = WorldConfig(arguments.boards, arguments.held_out_boards, seed=seed)
     stages.call("world", world, lambda: write_world(world, config))
-    stages.call("model", output / "model", lambda: _new_model(output / "model", world, config.side, seed))
+    stages.call(
+        "model",
+        output / "model",
+        lambda: model_of_world(
+            output / "model", world, CONFIGS / "quickstart" / "critique_template.txt", config.side, seed, heads=4
+        ),
+    )
     for split in SPLITS:
         stages.program(
             f"prepare_{split}", data / split, "prepare", "--source", "mapped",
@@ -234,15 +243,8 @@ def _prepare(stages: Stages, seed: int, arguments: Arguments) -> None:
             file,
             partial(_write, file, partial(score_figures, output, SOURCES[name].run, SOURCES[name].critiques)),
         )
-    _annotate_logps(stages, "train", BEFORE)
+    annotate_logps(stages, "train", BEFORE)
     _measure_policy(stages, BEFORE)
-
-
-def _new_model(directory: Path, world: Path, side: int, seed: int) -> None:
-    rows = read_questions(world, "train")
-    template = (CONFIGS / "quickstart" / "critique_template.txt").read_text()
-    texts = [text for row in rows for text in (row["question"], *row["answers"], *row["reasons"])]
-    new_model(directory, side, [*texts, *[template] * len(rows)], seed, heads=4)
 
 
 def _train(
@@ -265,16 +267,6 @@ def _annotate_rewards(stages: Stages, name: str, split: str) -> None:
         "--model", stages.output / source.run, "--with", "reward", "--critiques", source.critiques,
         "--dtype", "float32", "--multiple", MULTIPLE, "--max-buckets", 1,
         *(flags if source.critiques == "generated" else ()),
-    )  # fmt: skip
-
-
-def _annotate_logps(stages: Stages, split: str, policy: str) -> None:
-    """Log-probs of every answer under a policy: a reference to train against, or to see which of two it prefers."""
-    data = stages.output / "data" / split
-    stages.program(
-        f"logps_{split}_{policy}", data / "annotations", "annotate", "--dataset", data,
-        "--model", stages.output / policy, "--with", "reference", "--dtype", "float32",
-        "--multiple", MULTIPLE, "--max-buckets", 1,
     )  # fmt: skip
 
 
@@ -315,7 +307,7 @@ def _pairs_per_step(stages: Stages) -> int:
 def _measure_policy(stages: Stages, policy: str) -> None:
     """Its log-probs of the held-out answers, its own answers, and what is counted of both."""
     output, answers = stages.output, _answers(stages.output, policy)
-    _annotate_logps(stages, "held_out", policy)
+    annotate_logps(stages, "held_out", policy)
     stages.program(
         f"answers_{policy}", answers, "generate", "--model", output / policy,
         "--dataset", output / "data" / "held_out", "--output", answers, "--dtype", "float32",

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from mmrlhf_jax.data.digit_boards import measures
 from mmrlhf_jax.data.digit_boards.boards import CELL
-from mmrlhf_jax.data.digit_boards.world import scene_of
+from mmrlhf_jax.data.digit_boards.world import read_questions, scene_of
 from mmrlhf_jax.groups import Group
+from mmrlhf_jax.stages import Stages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mmrlhf_jax.data.dataset import PreparedDataset
     from mmrlhf_jax.data.rewards import GroupReward
 
+MULTIPLE = 16  # of slots: prompts are short, padding them to 128 would be most of the work
 Rows = Mapping[str, dict[str, Any]]  # lines of a world, by their id
 
 
@@ -52,6 +54,24 @@ def new_model(directory: Path, side: int, texts: Iterable[str], seed: int, heads
         seed=seed,
     )  # fmt: skip
     print(f"  {count(declare(made)):,} parameters, {made.decoder.vocab} rows of vocabulary")
+
+
+def model_of_world(directory: Path, world: Path, template: Path, side: int, seed: int, heads: int = 2) -> None:
+    """`new_model` that knows the words of a world's training questions, answers and reasons, and of the prompt
+    of critiques, a file."""
+    rows = read_questions(world, "train")
+    texts = [text for row in rows for text in (row["question"], *row["answers"], *row["reasons"])]
+    new_model(directory, side, [*texts, *[template.read_text()] * len(rows)], seed, heads)
+
+
+def annotate_logps(stages: Stages, split: str, policy: str) -> None:
+    """A stage: log-probs of every answer under a policy, a reference to train against or to compare policies."""
+    data = stages.output / "data" / split
+    stages.program(
+        f"logps_{split}_{policy}", data / "annotations", "annotate", "--dataset", data,
+        "--model", stages.output / policy, "--with", "reference", "--dtype", "float32",
+        "--multiple", MULTIPLE, "--max-buckets", 1,
+    )  # fmt: skip
 
 
 def pair_accuracy(groups: Sequence[Group], values: Sequence[Sequence[float]]) -> float:
