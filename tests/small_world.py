@@ -115,24 +115,25 @@ class Host:
         return self.output.read_text()
 
 
+def in_order(python: list[str]) -> list[str]:
+    """A command of `command`, through tests/in_order.py: what a program needs on more than one virtual host."""
+    return [python[0], str(ROOT / "tests" / "in_order.py"), *python[1:]]
+
+
 def start_hosts(program: str, *arguments: object, processes: int, devices: int) -> list[Host]:
     """The program on `processes` virtual hosts of `devices` each, joined over the loopback; not waited for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
-    # On CPUs a program's independent collectives may start in another order on each host and block the few threads
-    # there are, each waiting for another's partner. Accelerators start them in one order.
-    in_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
     here = environment(devices)
-    here["XLA_FLAGS"] += f" {in_order}"
     here.pop("NPROC", None)  # conftest's cure for many devices in one process; these have a few each
     folder = Path(tempfile.mkdtemp(prefix="hosts-"))
     hosts = []
     for number in range(processes):
         with (folder / f"{number}.txt").open("w") as output:
             process = subprocess.Popen(
-                command(program, *arguments),
+                in_order(command(program, *arguments)),
                 env={**here, **joined, "JAX_PROCESS_ID": str(number)},
                 stdout=output,
                 stderr=subprocess.STDOUT,
