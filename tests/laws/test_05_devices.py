@@ -22,10 +22,6 @@ from mmrlhf_jax.training.planning import lower_accumulate
 from mmrlhf_jax.training.recipe import ComputeConfig, Recipe
 from mmrlhf_jax.training.state import PartRates
 
-# XLA's CPU runtime runs collectives that do not depend on each other in any order (accelerators do not), so between
-# processes they may meet the wrong partner: with layers split between hosts (`tensor`) the tower's would meet those of
-# the embedding, unless the vocabulary stays whole.
-SPLIT_LAYERS = ("--mesh.fsdp", 1, "--mesh.tensor", 2, "--sharding.vocab", "None")
 MIXED = ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.tensor", 2)
 # name: processes, devices of each, mesh
 LAYOUTS = {
@@ -34,7 +30,7 @@ LAYOUTS = {
     "mixed": (1, 8, MIXED),
     "two hosts": (2, 4, MIXED),
     "four hosts": (4, 2, ("--mesh.data", 4, "--mesh.tensor", 2)),
-    "layers split across hosts": (2, 1, SPLIT_LAYERS),
+    "layers split across hosts": (2, 1, ("--mesh.fsdp", 1, "--mesh.tensor", 2)),
     "two slices": (2, 2, ("--mesh.data", 2, "--mesh.fsdp", 2, "--mesh.slices", 2)),
 }
 SLOW = {"two hosts", "four hosts", "layers split across hosts", "two slices"}

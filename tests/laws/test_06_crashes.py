@@ -101,18 +101,10 @@ def test_a_run_goes_on_with_other_devices(small_world, undisturbed):
         np.testing.assert_allclose(got[name], expected[name], atol=2e-4, err_msg=name)
 
 
-CROSSED = "distributed collective mismatch"  # what XLA's CPU runtime says when two hosts' collectives have crossed
-
-
 def wait_for_step(hosts, output, step):
-    """Whether the run has come so far; False where it ended because collectives crossed, which accelerators' do not."""
     while lines(output) < step:
-        if not all(host.process.poll() is None for host in hosts):
-            printed = [host.printed() for host in hosts]
-            assert any(CROSSED in text for text in printed), printed
-            return False
+        assert all(host.process.poll() is None for host in hosts), [host.printed() for host in hosts]
         time.sleep(0.01)
-    return True
 
 
 def kill(hosts):
@@ -125,15 +117,11 @@ def kill(hosts):
 def test_a_run_moves_between_hosts_devices_and_meshes(small_world, undisturbed):
     """Two hosts whose machines die, then one with four devices, then two hosts again, split otherwise."""
     output = small_world.directory / "law-6-hosts"
-    for _ in range(3):  # a host that crashed by itself is one more crash to go on from
-        hosts = start_hosts("train", *arguments(small_world, output), "--mesh.data", 2, processes=2, devices=2)
-        arrived = wait_for_step(hosts, output, 8)
-        kill(hosts)
-        if arrived:
-            break
-    assert arrived
+    hosts = start_hosts("train", *arguments(small_world, output), "--mesh.data", 2, processes=2, devices=2)
+    wait_for_step(hosts, output, 8)
+    kill(hosts)
     start_and_kill(small_world, output, step=16, delay=0, devices=4)
-    split = ("--mesh.fsdp", 1, "--mesh.tensor", 2, "--sharding.vocab", "None")  # see SPLIT_LAYERS in law 5
+    split = ("--mesh.fsdp", 1, "--mesh.tensor", 2)
     run_hosts("train", *arguments(small_world, output), *split, processes=2, devices=1)
     expected, got = final_params(small_world, undisturbed), final_params(small_world, output)
     for name in expected:
@@ -144,7 +132,7 @@ def test_a_run_moves_between_hosts_devices_and_meshes(small_world, undisturbed):
 def test_sigterm_on_one_host_stops_all_at_the_same_step(small_world):
     output = small_world.directory / "law-6-one-host"
     hosts = start_hosts("train", *arguments(small_world, output), processes=2, devices=1)
-    assert wait_for_step(hosts, output, 1)
+    wait_for_step(hosts, output, 1)
     hosts[1].process.terminate()  # not the host that speaks
     assert wait_for_hosts(hosts) == [75, 75], [host.printed() for host in hosts]
     done = Checkpoints(output / "checkpoints").latest()
