@@ -106,6 +106,16 @@ def write_whole(path: epath.Path, data: bytes) -> None:
     aside.replace(path)
 
 
+def create_whole(path: epath.Path, data: bytes) -> bool:
+    """Makes a remote object unless there is one; returns whether it did. Of several that try at once, one does."""
+    file_system, name = _file_system(path)
+    try:
+        file_system.pipe_file(name, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
 def list_files(directory: PathLike) -> list[RemoteFile]:
     """The objects directly under a remote `directory`, by name; none where it does not exist."""
     file_system, name = _file_system(directory)
