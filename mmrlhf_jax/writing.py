@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.command import CommandError
@@ -55,7 +56,7 @@ def explain(error: BaseException, output: str) -> str | None:
         for words, cure in CURES.items():
             if words in text and (cure == FULL or any(output in name for name in names)):
                 return (
-                    f"{output} cannot be written: {words} ({text[:300]}). Earlier checkpoints and parts are as they "
+                    f"{output} cannot be written: {words} ({shorten(text, 240, placeholder=' ...')}). Earlier checkpoints and parts are as they "
                     f"were: {cure}, then run the same command to go on"
                 )
         error = error.__cause__ or error.__context__ or error

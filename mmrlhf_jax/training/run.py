@@ -16,6 +16,7 @@ RUN/complete.json     written last
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,14 @@ from mmrlhf_jax.training import manifest
 from mmrlhf_jax.training.distributed import from_speaker, is_speaker
 from mmrlhf_jax.training.recipe import CheckpointConfig
 from mmrlhf_jax.training.state import TrainState, combine
+
+
+def _is_ours_to_say(record: logging.LogRecord) -> bool:
+    """Orbax logs every error with its traceback, and raises it too; it is told once, when it is raised."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_is_ours_to_say)
 
 
 @dataclass(frozen=True)
