@@ -29,6 +29,7 @@ from etils import epath
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.command import CommandError
+from mmrlhf_jax.writing import explained_writing
 
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # seconds without one after which a lease is anybody's
@@ -61,19 +62,21 @@ def beside(output: storage.PathLike) -> epath.Path:
 
 @contextmanager
 def lease(file: epath.Path, what: str, say: Callable[[str], None] = print) -> Iterator[None]:
-    """Holds the lease in `file` on `what`, the output that messages name; released however the block ends, but for
-    SIGKILL, whose stale lease the next job takes over.
+    """Holds the lease in `file` on the output `what`; released however the block ends, but for SIGKILL, whose stale
+    lease the next job takes over.
 
-    Raises LeaseError where another job holds it. A job that loses its lease, since it was stopped for long or `what`
+    Raises LeaseError where another job holds it; a failure to write `what` within is explained (writing.py). A job that loses its lease, since it was stopped for long or `what`
     was removed or taken away, ends at once with exit code 1.
     """
-    made = _make_directory(file)
-    mine = _acquire(file, what, say)
+    with explained_writing(what):
+        made = _make_directory(file)
+        mine = _acquire(file, what, say)
     ended = threading.Event()
     heart = threading.Thread(target=_beat, args=(file, what, mine, ended), name="lease", daemon=True)
     heart.start()
     try:
-        yield
+        with explained_writing(what):
+            yield
     finally:
         ended.set()
         heart.join()
@@ -129,7 +132,7 @@ def _refuse_live(holder: Holder | None, file: epath.Path, what: str) -> None:
         heard, runs = _age(holder.heartbeat), _age(holder.started)
         raise LeaseError(
             f"{what} is being written by another job: {_describe(holder)}, which runs for {_span(runs)} and was heard "
-            f"of {heard:.0f} s ago ({file}). Wait for it, end it, or use another --output"
+            f"of {heard:.0f} s ago ({file}). Wait for it, end it, or write somewhere else"
         )
 
 

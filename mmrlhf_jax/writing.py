@@ -1,4 +1,5 @@
-"""An output that cannot be written, as one message: what is wrong, where, and what to do."""
+"""An output that cannot be written (a full disk, one that is read-only or gone), as one message: what is wrong, where,
+and what to do."""
 
 from __future__ import annotations
 
@@ -55,9 +56,10 @@ def explain(error: BaseException, output: str) -> str | None:
         names = (text, str(getattr(error, "filename", "")), str(getattr(error, "filename2", "")))
         for words, cure in CURES.items():
             if words in text and (cure == FULL or any(output in name for name in names)):
+                said = shorten(text, 240, placeholder=" ...")
                 return (
-                    f"{output} cannot be written: {words} ({shorten(text, 240, placeholder=' ...')}). Earlier checkpoints and parts are as they "
-                    f"were: {cure}, then run the same command to go on"
+                    f"{output}: {words} ({said}). Earlier checkpoints and parts are as they were: {cure}, then run the "
+                    "same command to go on"
                 )
         error = error.__cause__ or error.__context__ or error
     return None

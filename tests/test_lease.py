@@ -83,7 +83,7 @@ def test_a_second_job_is_refused_with_host_process_and_age(file):
         refused.value
     )
     assert "heard of 0 s ago" in str(refused.value)
-    assert "use another --output" in str(refused.value)
+    assert "or write somewhere else" in str(refused.value)
 
 
 def test_a_job_is_refused_what_its_own_process_holds(file):

@@ -26,6 +26,7 @@ from mmrlhf_jax.command import CommandError, UsageError
 from mmrlhf_jax.lease import lease
 from mmrlhf_jax.nn.sharding import replicated
 from mmrlhf_jax.training.peers import JAX_SILENT, client
+from mmrlhf_jax.writing import explained_writing
 
 T = TypeVar("T")
 PATIENCE_MS = 24 * 3600 * 1000  # for the speaker's answer: whether it lives is watched elsewhere (peers.py)
@@ -143,7 +144,8 @@ def job_lease(file: epath.Path, what: str) -> Iterator[None]:
     """`lease`, of which the speaker is the one that holds it. Raises on all processes where it is refused."""
     with ExitStack() as held:
         from_speaker(lambda: held.enter_context(lease(file, what)))
-        yield
+        with explained_writing(what):  # by the others
+            yield
 
 
 def check_agreement(what: str, value: str) -> None:

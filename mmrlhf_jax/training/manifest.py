@@ -31,7 +31,7 @@ class Written:
 
 def seal(checkpoint: epath.Path, seconds: float) -> Written:
     """Writes the manifest of a checkpoint that has just become whole."""
-    files = {name: list(stamp) for name, stamp in storage.stamps(checkpoint).items() if name != MANIFEST}
+    files = {name: stamp for name, stamp in storage.stamps(checkpoint).items() if name != MANIFEST}
     written = Written(sum(size for size, _ in files.values()), seconds)
     document = {"bytes": written.bytes, "seconds": written.seconds, "files": files}
     storage.write_whole(checkpoint / MANIFEST, (json.dumps(document, indent=1) + "\n").encode())

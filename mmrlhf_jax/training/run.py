@@ -15,6 +15,7 @@ RUN/complete.json     written last
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -117,6 +118,9 @@ class Checkpoints:
         """`whole`: frozen parameters too; a LoRA run leaves them with the model it started from. Raises what went wrong
         with the checkpoint before."""
         self._settle()
+        if not storage.is_remote(self.directory) and not self.directory.exists():
+            # orbax would make it anew, on the disk under a mount that has gone
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(self.directory))
         step = int(position["step"])
         if step in self.manager.all_steps():
             return

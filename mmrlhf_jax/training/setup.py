@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from textwrap import shorten
 from typing import Any
 
 import jax
@@ -195,17 +196,23 @@ def _restore(
             held = combine(state.trainable, state.frozen) if whole else state.trainable
             params = checkpoints.params(step, abstract_of(held))
             moments = checkpoints.optimizer(step, abstract_of(state.optimizer))
-    except (OSError, ValueError, KeyError) as error:  # what orbax and tensorstore say of files that are not whole
-        if checkpoints.has_manifest(step):
-            raise  # they are: it is something else
-        found = str(error).strip().split("\n")[0][:200] or type(error).__name__
+    except Exception as error:  # of files that are not whole orbax raises anything, even a plain Exception
+        if isinstance(error, jax.errors.JaxRuntimeError) or checkpoints.has_manifest(step):
+            raise  # the devices' affair; or the files are as they were written
         check_agreement(f"view of checkpoint {step}", "unreadable")
-        return found, None
+        return _innermost(error), None
     check_agreement(f"view of checkpoint {step}", "readable")
     if changed:
         raise ValueError(f"checkpoint {step} was made with another {', '.join(changed)}; resume what it began with")
     trainable, frozen = partition(params, moving.__contains__) if whole else (params, state.frozen)
     return None, TrainState(_counter(step, shardings), trainable, frozen, moments)
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of the error that all others came from."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return shorten(f"{type(error).__name__}: {error}".split("\n")[0], 240, placeholder=" ...")
 
 
 def reference_source(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState], Any]:

@@ -63,7 +63,6 @@ from mmrlhf_jax.training.setup import (
 from mmrlhf_jax.training.state import TrainState, learning_rate, make_optimizer
 from mmrlhf_jax.training.step import Seen, Sums, make_accumulate, make_apply, make_zero_sums, metric_names
 from mmrlhf_jax.training.work import Work, work_of
-from mmrlhf_jax.writing import explained_writing
 
 
 class NonFiniteStep(CommandError):
@@ -73,8 +72,9 @@ class NonFiniteStep(CommandError):
 def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     """Runs `recipe` into the RUN directory `output`; the same command again goes on where it stopped.
 
-    Raises ValueError where recipe, data and model do not fit, NonFiniteStep at a NaN, and CommandError with status 75
-    after an interruption, which leaves a checkpoint.
+    Raises ValueError where recipe, data and model do not fit, NonFiniteStep at a NaN, LeaseError where another job
+    writes `output`, and CommandError where it cannot be written, or, with status 75, after an interruption, which leaves
+    a checkpoint.
     """
     run = RunDirectory.at(output)
     check_resumable(run, recipe)
@@ -86,7 +86,7 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
         return
 
     set_up_jax(recipe.compute.dtype)
-    with explained_writing(run.path), job_lease(run.lease, str(run.path)):
+    with job_lease(run.lease, str(run.path)):
         _train(recipe, run, profiler)
 
 
