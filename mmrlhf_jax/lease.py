@@ -65,8 +65,8 @@ def lease(file: epath.Path, what: str, say: Callable[[str], None] = print) -> It
     """Holds the lease in `file` on the output `what`; released however the block ends, but for SIGKILL, whose stale
     lease the next job takes over.
 
-    Raises LeaseError where another job holds it; a failure to write `what` within is explained (writing.py). A job that loses its lease, since it was stopped for long or `what`
-    was removed or taken away, ends at once with exit code 1.
+    Raises LeaseError where another job holds it; a failure to write `what` within is explained (writing.py). A job that
+    loses its lease, since it was stopped for long or `what` was removed or taken away, ends at once with exit code 1.
     """
     with explained_writing(what):
         made = _make_directory(file)

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
 from etils import epath
@@ -54,8 +54,10 @@ class MetricsLog:
             sink.flush()
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        """All of them, even where one raises: a progress bar that is left open swallows the line of the error."""
+        with ExitStack() as closing:
+            for sink in self._sinks:
+                closing.callback(sink.close)
 
 
 def check_log(run: RunDirectory, config: LogConfig) -> None:

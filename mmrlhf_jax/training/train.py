@@ -73,8 +73,8 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     """Runs `recipe` into the RUN directory `output`; the same command again goes on where it stopped.
 
     Raises ValueError where recipe, data and model do not fit, NonFiniteStep at a NaN, LeaseError where another job
-    writes `output`, and CommandError where it cannot be written, or, with status 75, after an interruption, which leaves
-    a checkpoint.
+    writes `output`, and CommandError where it cannot be written or, with status 75, after an interruption, which
+    leaves a checkpoint.
     """
     run = RunDirectory.at(output)
     check_resumable(run, recipe)

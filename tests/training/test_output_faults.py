@@ -31,8 +31,8 @@ def fails(world, output, **options):
         **options,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    said = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert f'File "{ROOT}' not in done.stderr  # no traceback of ours; tensorstore's threads may leave theirs
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(said) == 1, done.stderr
     return said[0]
 
@@ -78,14 +78,14 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(small_world,
 @pytest.mark.slow
 def test_a_disk_that_became_read_only_is_told_before_any_work(small_world, small_disk):
     remount(small_disk, "size=50m")
-    run("train", *arguments(small_world, small_disk / "run", steps=4))
+    run("train", *arguments(small_world, small_disk / "run"))
     (small_disk / "run" / "complete.json").unlink()
     remount(small_disk, "ro")
     said = fails(small_world, small_disk / "run")
     assert said.startswith(f"error: {small_disk}/run: Read-only file system (")
     assert "give this user leave to write there" in said
     remount(small_disk, "rw")
-    assert sound_steps(small_disk / "run") == [2, 4]
+    assert sound_steps(small_disk / "run") == [4, 6]
 
 
 @pytest.mark.slow
@@ -116,7 +116,7 @@ def test_an_output_that_vanishes_under_a_run_is_not_made_anew(small_world, tmp_p
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1, errors
     assert f"error: {output}: " in errors
-    assert "Traceback" not in errors
+    assert f'File "{ROOT}' not in errors
     assert not output.exists()
     kept = sound_steps(elsewhere)
     assert kept
@@ -130,8 +130,8 @@ def test_an_output_that_vanishes_under_a_run_is_not_made_anew(small_world, tmp_p
         line = went_on.stdout.readline()
         assert line, said
         said += line
-    went_on.terminate()
-    assert went_on.wait(60) == 75
+    went_on.kill()
+    went_on.communicate()
 
 
 @pytest.mark.parametrize(
@@ -149,20 +149,14 @@ def test_a_failure_to_write_says_what_where_and_what_to_do(number, cure):
 
 
 def test_a_cause_is_found_behind_other_errors():
-    try:
-        try:
-            raise ValueError(
-                "RESOURCE_EXHAUSTED: Failed to write 7 bytes: No space left on device [os_error_code='28']"
-            )
-        except ValueError as error:
-            raise RuntimeError("could not save") from error
-    except RuntimeError as error:
-        assert "make room there" in explain(error, "/runs/mine")
+    behind = RuntimeError("could not save")
+    behind.__cause__ = ValueError("RESOURCE_EXHAUSTED: Failed to write 7 bytes: No space left on device")
+    assert "make room there" in explain(behind, "/runs/mine")
 
 
 @pytest.mark.parametrize(
     "error",
-    [FileNotFoundError(errno.ENOENT, "No such file or directory", "/models/config.json"), ValueError("Permission denied"),
+    [FileNotFoundError(errno.ENOENT, "No such file or directory", "/models/x.json"), ValueError("Permission denied"),
      PermissionError(errno.EACCES, "Permission denied", "/media/1.png"), RuntimeError("device lost")],
 )  # fmt: skip
 def test_errors_about_other_files_pass(error):
