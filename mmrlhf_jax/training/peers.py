@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -112,11 +113,17 @@ def _leave(error: BaseException) -> None:
     if status == INTERRUPTED:
         _here.state = "done"
         return
-    if isinstance(error, jax.errors.JaxRuntimeError):
+    if _from_runtime(error):
         time.sleep(SILENT + 2 * BEAT)  # a broken collective: if another process died, the watch tells which, and ends
     _here.message = str(error)[:500] or type(error).__name__
     _here.state = "failed"
     atexit.register(_exit_soon, status)  # runs before jax's, which waits for all processes
+
+
+def _from_runtime(error: BaseException) -> bool:
+    """Whether jax's runtime says it, which puts a status (`UNKNOWN: Gloo AllGather failed ...`) before its errors,
+    whatever their class."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"[A-Z]+(_[A-Z]+)*: ", str(error)) is not None
 
 
 def _exit_soon(status: int) -> None:

@@ -19,10 +19,12 @@ import errno
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -42,7 +44,15 @@ def _is_ours_to_say(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
+def _say_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """For sys.excepthook: when a checkpoint fails, each of tensorstore's writes still under way prints that orbax' event
+    loop no longer waits for it."""
+    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+        _hook_before(kind, error, trace)
+
+
 logging.getLogger("absl").addFilter(_is_ours_to_say)
+_hook_before, sys.excepthook = sys.excepthook, _say_once
 
 
 @dataclass(frozen=True)
