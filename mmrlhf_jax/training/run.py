@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -44,15 +43,16 @@ def _is_ours_to_say(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in record.pathname
 
 
-def _say_once(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """For sys.excepthook: when a checkpoint fails, each of tensorstore's writes still under way prints that orbax' event
-    loop no longer waits for it."""
-    if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-        _hook_before(kind, error, trace)
+def _say_once(unraisable: sys.UnraisableHookArgs) -> None:
+    """For sys.unraisablehook: when a checkpoint fails, each of tensorstore's writes that are still under way prints
+    that orbax' event loop no longer waits for it."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        _hook_before(unraisable)
 
 
 logging.getLogger("absl").addFilter(_is_ours_to_say)
-_hook_before, sys.excepthook = sys.excepthook, _say_once
+_hook_before, sys.unraisablehook = sys.unraisablehook, _say_once
 
 
 @dataclass(frozen=True)
