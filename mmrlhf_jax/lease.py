@@ -34,6 +34,7 @@ from mmrlhf_jax.writing import explained_writing
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # seconds without one after which a lease is anybody's
 SETTLE = 2.0  # seconds after taking over a bucket's lease until it is certain that nobody else did
+SIZE = 512  # bytes of a lease, always: who reads while it is renewed sees the old one or the new
 LARGEST = 4096  # bytes of a lease that is one
 
 
@@ -97,29 +98,52 @@ def _make_directory(file: epath.Path) -> bool:
 def _acquire(file: epath.Path, what: str, say: Callable[[str], None]) -> Holder:
     mine = _myself()
     remote = storage.is_remote(file)
-    before = _create_remote(file, mine, what) if remote else _claim_local(file, mine, what)
+    silent = _watch_elsewhere(file, what, say)
+    before = _create_remote(file, mine, silent, what) if remote else _claim_local(file, mine, silent, what)
     if before is not None:
         if remote:
             time.sleep(SETTLE)
         if _read(file) not in (None, mine):
             raise LeaseError(f"{what}: another job took over its stale lease at the same moment; run one of them only")
-        say(f"{what}: taking over the lease of {_describe(before)}, which {_why_stale(before)}")
+        say(f"{what}: taking over the lease of {_describe(before)}, which {_why_stale(before, silent)}")
     return mine
 
 
-def _claim_local(file: epath.Path, mine: Holder, what: str) -> Holder | None:
+def _watch_elsewhere(file: epath.Path, what: str, say: Callable[[str], None]) -> Holder | None:
+    """The lease of another host or container once it has been silent for long enough; None where there is none.
+
+    Its process cannot be looked at from here and its clock may be wrong, but a job that lives renews its lease. A job
+    that was killed, and starts again on another machine, waits here. Raises LeaseError when the lease is renewed.
+    """
+    first, began = _read(file), time.monotonic()
+    if first is None or _is_here(first):
+        return None
+    say(f"{what}: waiting to see whether {_describe(first)} still writes it")
+    while (now := _read(file)) == first:
+        seen = time.monotonic() - began
+        if seen > STALE or (seen > 1.5 * BEAT and _age(first.heartbeat) > STALE):
+            return first
+        time.sleep(BEAT / 10)
+    if now is not None:
+        raise _refusal(now, file, what)
+    return None
+
+
+def _claim_local(file: epath.Path, mine: Holder, silent: Holder | None, what: str) -> Holder | None:
     """Writes the lease unless somebody holds it; returns whose stale one it was."""
     with _locked(file) as descriptor:
         before = _parse(os.pread(descriptor, LARGEST, 0))
-        _refuse_live(before, file, what)
+        if before is not None and _why_stale(before, silent) is None:
+            raise _refusal(before, file, what)
         _overwrite(descriptor, mine)
         return before
 
 
-def _create_remote(file: epath.Path, mine: Holder, what: str) -> Holder | None:
+def _create_remote(file: epath.Path, mine: Holder, silent: Holder | None, what: str) -> Holder | None:
     before = _read(file)
-    _refuse_live(before, file, what)
     if before is not None:
+        if _why_stale(before, silent) is None:
+            raise _refusal(before, file, what)
         file.unlink(missing_ok=True)
     if not storage.create_whole(file, _text(mine)):
         winner = _read(file)
@@ -127,25 +151,27 @@ def _create_remote(file: epath.Path, mine: Holder, what: str) -> Holder | None:
     return before
 
 
-def _refuse_live(holder: Holder | None, file: epath.Path, what: str) -> None:
-    if holder is not None and _why_stale(holder) is None:
-        heard, runs = _age(holder.heartbeat), _age(holder.started)
-        raise LeaseError(
-            f"{what} is being written by another job: {_describe(holder)}, which runs for {_span(runs)} and was heard "
-            f"of {heard:.0f} s ago ({file}). Wait for it, end it, or write somewhere else"
-        )
+def _refusal(holder: Holder, file: epath.Path, what: str) -> LeaseError:
+    return LeaseError(
+        f"{what} is being written by another job: {_describe(holder)}, which runs for {_span(_age(holder.started))} "
+        f"and was heard of {_age(holder.heartbeat):.0f} s ago ({file}). Wait for it, end it, or write somewhere else"
+    )
 
 
-def _why_stale(holder: Holder) -> str | None:
-    """None for a lease that is held."""
-    me = _myself()
-    if (holder.host, holder.space) == (me.host, me.space):
-        if _born(holder.pid) != holder.born:
-            return "is gone"
-        if holder.pid == me.pid:
-            return None  # this very process: it cannot be late for itself
-    age = _age(holder.heartbeat)
-    return f"was not heard of for {_span(age)}" if age > STALE else None
+def _is_here(holder: Holder) -> bool:
+    """Whether its process can be looked at."""
+    return (holder.host, holder.space) == (socket.gethostname(), _space())
+
+
+def _why_stale(holder: Holder, silent: Holder | None) -> str | None:
+    """None for a lease that is held; `silent` is one from elsewhere that was watched for long enough."""
+    late = f"was not heard of for {_span(_age(holder.heartbeat))}"
+    if not _is_here(holder):
+        return late if holder == silent else None
+    if _born(holder.pid) != holder.born:
+        return "is gone"
+    hangs = holder.pid != os.getpid() and _age(holder.heartbeat) > STALE
+    return late if hangs else None
 
 
 def _beat(file: epath.Path, what: str, mine: Holder, ended: threading.Event) -> None:
@@ -232,7 +258,7 @@ def _read(file: epath.Path) -> Holder | None:
 
 
 def _text(holder: Holder) -> bytes:
-    return (json.dumps(asdict(holder), indent=2) + "\n").encode()
+    return (json.dumps(asdict(holder), indent=2).ljust(SIZE - 1) + "\n").encode()
 
 
 def _parse(text: bytes) -> Holder | None:

@@ -16,6 +16,7 @@ from etils import epath
 
 from mmrlhf_jax import lease as leases
 from mmrlhf_jax.lease import Holder, LeaseError, lease
+from mmrlhf_jax.storage import create_whole, write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = """
@@ -54,7 +55,7 @@ def write(file, **changes):
     """A lease as another host would have left it."""
     now = time.time()
     holder = Holder("theirs", "elsewhere", 7, "another boot", 1, now - 400, now)
-    file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(holder, **changes))))
+    write_whole(file, json.dumps(dataclasses.asdict(dataclasses.replace(holder, **changes))).encode())
 
 
 @pytest.fixture
@@ -119,20 +120,49 @@ def test_another_process_under_the_same_number_is_not_the_holder(file):
         pass
 
 
-@pytest.mark.parametrize(("silent", "refused"), [(5, True), (50, True), (70, False)])
-def test_another_host_s_lease_holds_while_its_heart_beats(file, silent, refused):
+@contextlib.contextmanager
+def alive_elsewhere(file, ahead=0.0):
+    """Another host renews its lease, by a clock that is `ahead`."""
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(0.05):
+            write(file, heartbeat=time.time() + ahead)
+
+    write(file, heartbeat=time.time() + ahead)
+    heart = threading.Thread(target=beat)
+    heart.start()
+    yield
+    ended.set()
+    heart.join()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(leases, "BEAT", 0.4)
+    monkeypatch.setattr(leases, "STALE", 2.0)
+
+
+@pytest.mark.parametrize("ahead", [0.0, 7200.0, -7200.0], ids=["right", "fast", "slow"])
+def test_another_host_s_lease_holds_while_its_heart_beats_whatever_its_clock_says(file, quick, ahead):
+    file.parent.mkdir()
+    refused = pytest.raises(LeaseError, match=r"process 7 on elsewhere, which runs for 7 min and was heard of \d+ s")
+    with alive_elsewhere(file, ahead), refused, lease(file, "RUN", lambda line: None):
+        pass
+    assert "theirs" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("silent", "waits"), [(70.0, 0.6), (0.0, 0.6), (-7200.0, 2.0)], ids=["old", "new", "fast clock"]
+)
+def test_another_host_s_lease_is_taken_over_once_it_is_silent(file, quick, silent, waits):
     file.parent.mkdir()
     write(file, heartbeat=time.time() - silent)
-    said = []
-    if refused:
-        told = rf"process 7 on elsewhere, which runs for 7 min and was heard of {silent} s"
-        with pytest.raises(LeaseError, match=told), lease(file, "RUN"):
-            pass
-        assert "theirs" in file.read_text()
-    else:
-        with lease(file, "RUN", said.append):
-            pass
-        assert said == ["RUN: taking over the lease of process 7 on elsewhere, which was not heard of for 70 s"]
+    began, said = time.monotonic(), []
+    with lease(file, "RUN", said.append):
+        assert time.monotonic() - began > waits
+    assert said[0] == "RUN: waiting to see whether process 7 on elsewhere still writes it"
+    assert said[1].startswith("RUN: taking over the lease of process 7 on elsewhere, which was not heard of for ")
 
 
 def test_a_file_of_a_job_killed_while_making_it_is_free(file):
@@ -142,7 +172,7 @@ def test_a_file_of_a_job_killed_while_making_it_is_free(file):
         pass
 
 
-def test_of_many_that_find_a_stale_lease_one_gets_it(file):
+def test_of_many_that_find_a_stale_lease_one_gets_it(file, quick):
     file.parent.mkdir()
     write(file, heartbeat=0)
     start, done, got = threading.Barrier(8), threading.Barrier(8), []
@@ -193,13 +223,14 @@ def test_a_heartbeat_moves_on(file):
     assert later["started"] == first["started"]
 
 
-def test_a_lease_in_a_bucket(gs, monkeypatch):
+def test_a_lease_in_a_bucket(gs, monkeypatch, quick):
     monkeypatch.setattr(leases, "SETTLE", 0.01)
     file = epath.Path(gs) / "run" / "lease.json"
     with lease(file, "RUN"):
         with pytest.raises(LeaseError, match="another job: process"), lease(file, "RUN"):
             pass
         mine = leases._read(file)
+        time.sleep(0.01)
         assert leases._renew(file, mine) is None
         assert leases._read(file).heartbeat > mine.heartbeat
         write(file)
@@ -210,12 +241,10 @@ def test_a_lease_in_a_bucket(gs, monkeypatch):
     with lease(file, "RUN", said.append):
         assert json.loads(file.read_text())["pid"] == os.getpid()
     assert not file.exists()
-    assert said[0].startswith("RUN: taking over the lease of process 7 on elsewhere")
+    assert said[1].startswith("RUN: taking over the lease of process 7 on elsewhere")
 
 
 def test_of_two_that_create_a_bucket_s_lease_at_once_one_does(gs):
-    from mmrlhf_jax.storage import create_whole
-
     file = epath.Path(gs) / "lease"
     assert create_whole(file, b"first")
     assert not create_whole(file, b"second")

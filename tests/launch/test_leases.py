@@ -1,23 +1,15 @@
 """Every program refuses an output that another job is writing, and leaves it as it is."""
 
-import dataclasses
-import json
 import subprocess
-import time
 
 import pytest
+from another_job import held
 from small_world import command, environment, run
 
 from mmrlhf_jax.data.annotations import find
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.data.sources.rows import SourceOptions
-from mmrlhf_jax.lease import Holder, LeaseError
-
-
-def hold(file):
-    """A lease that another host renewed a moment ago."""
-    now = time.time()
-    file.write_text(json.dumps(dataclasses.asdict(Holder("theirs", "elsewhere", 7, "another boot", 1, now, now))))
+from mmrlhf_jax.lease import LeaseError
 
 
 def refused(program, *arguments):
@@ -35,29 +27,26 @@ def test_prepare(small_world, tmp_path):
         media=str(small_world.directory / "media"),
         source_options=SourceOptions(margin_column="margin"),
     )
-    hold(tmp_path / ".out.lease")
     (tmp_path / ".out.pictures").mkdir()  # the other job's
-    with pytest.raises(LeaseError, match="out is being written by another job: process 7 on elsewhere"):
+    with held(tmp_path / ".out.lease"), pytest.raises(LeaseError, match="by another job: process 7 on elsewhere"):
         prepare(options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lease", ".out.pictures"]
-    (tmp_path / ".out.lease").unlink()
+    assert [path.name for path in tmp_path.iterdir()] == [".out.pictures"]
     prepare(options)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow
 def test_export_generate_and_annotate(small_world, tmp_path):
-    hold(tmp_path / ".hf.lease")
-    refused("export", small_world.model, "--output", tmp_path / "hf")
-    hold(tmp_path / "answers.jsonl.lease")
-    refused("generate", "--model", small_world.model, "--dataset", small_world.dataset,
-            "--output", tmp_path / "answers.jsonl")  # fmt: skip
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hf.lease", "answers.jsonl.lease"]
+    with held(tmp_path / ".hf.lease"):
+        refused("export", small_world.model, "--output", tmp_path / "hf")
+    with held(tmp_path / "answers.jsonl.lease"):
+        refused("generate", "--model", small_world.model, "--dataset", small_world.dataset,
+                "--output", tmp_path / "answers.jsonl")  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
     annotation = ("--dataset", small_world.dataset, "--model", small_world.model, "--with", "reference",
                   "--dtype", "float32")  # fmt: skip
     run("annotate", *annotation)
     (store,) = find(small_world.dataset, "reference")
     assert not store.lease.exists()
-    hold(store.lease)
-    refused("annotate", *annotation)
-    store.lease.unlink()
+    with held(store.lease):
+        refused("annotate", *annotation)

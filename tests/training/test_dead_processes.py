@@ -1,16 +1,15 @@
 """Two virtual hosts, one of which dies, hangs or fails: the other ends within a minute and says what happened. Hosts
 that share a run have one lease and one view of its checkpoints."""
 
-import json
 import os
 import shutil
 import signal
 import time
 
 import pytest
+from another_job import held
 from small_world import ROOT, metrics, run, run_hosts, start_hosts, wait_for_hosts
 
-from mmrlhf_jax.lease import Holder
 from mmrlhf_jax.training.run import Checkpoints
 
 pytestmark = pytest.mark.slow
@@ -84,14 +83,12 @@ def test_a_host_that_fails_takes_the_other_along_with_its_message(small_world, t
 def test_hosts_are_refused_together_what_another_job_writes(small_world, tmp_path):
     output = tmp_path / "run"
     output.mkdir()
-    now = time.time()
-    holder = Holder("theirs", "elsewhere", 7, "another boot", 1, now, now + 1000)
-    (output / "lease.json").write_text(json.dumps(holder.__dict__))
-    hosts = start_hosts("train", *arguments(small_world, output), processes=2, devices=1)
-    assert wait_for_hosts(hosts, MINUTE) == [1, 1]
+    with held(output / "lease.json"):
+        hosts = start_hosts("train", *arguments(small_world, output), processes=2, devices=1)
+        assert wait_for_hosts(hosts, MINUTE) == [1, 1]
     for host in hosts:
         assert f"error: {output} is being written by another job: process 7 on elsewhere" in host.printed()
-    assert [file.name for file in output.iterdir()] == ["lease.json"]
+    assert list(output.iterdir()) == []
 
 
 def test_hosts_go_back_to_the_same_checkpoint(small_world, tmp_path):
