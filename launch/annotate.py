@@ -34,8 +34,9 @@ from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_renderer
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.data import REFERENCE, reference_key
-from mmrlhf_jax.training.distributed import AgreedStop, is_speaker, join_processes, say, wait_for_all
+from mmrlhf_jax.training.distributed import AgreedStop, is_speaker, job_lease, join_processes, say, wait_for_all
 from mmrlhf_jax.training.model import absolute, check_family, load_model, model_fingerprint
+from mmrlhf_jax.training.peers import watched_processes
 from mmrlhf_jax.training.recipe import INFERENCE
 from mmrlhf_jax.training.runtime import set_up_jax, stop_signals
 
@@ -86,7 +87,7 @@ def main() -> None:
         vocab_shards=mesh.shape["tensor"],
     )
     annotate = _reward if arguments.what == "reward" else _reference
-    with stop_signals() as asked:
+    with watched_processes(), stop_signals() as asked:
         agreed = AgreedStop(mesh)
         annotate(arguments, list(dataset.parts()), mesh, compute, lambda: agreed(asked.is_set()))
 
@@ -113,7 +114,8 @@ def _reference(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute,
     for part, row_of in parts:
         rows, store = set(row_of.values()), _open(part, REFERENCE, key)
         watch = Watch(stop)
-        written = write_reference_logps(part, rows, renderer, model, store, mesh, compute, arguments.forward, watch)
+        with job_lease(store.lease, str(store.directory)):
+            written = write_reference_logps(part, rows, renderer, model, store, mesh, compute, arguments.forward, watch)
         _say(written, rows, store)
 
 
@@ -134,12 +136,13 @@ def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, st
     }
     for part, row_of in parts:
         rows, store = set(row_of.values()), _open(part, REWARD, key)
-        if is_speaker():
-            note_command(store, absolute(arguments.model), shlex.join(["python", *sys.argv]))
-        with progress_bar(shown=generated and is_speaker()) as progress:
-            written = write_rewards(part, list(part.groups()), rows, judge, scoring, store, Watch(stop, progress))
-        if is_speaker():
-            write_readable(store, part)
+        with job_lease(store.lease, str(store.directory)):
+            if is_speaker():
+                note_command(store, absolute(arguments.model), shlex.join(["python", *sys.argv]))
+            with progress_bar(shown=generated and is_speaker()) as progress:
+                written = write_rewards(part, list(part.groups()), rows, judge, scoring, store, Watch(stop, progress))
+            if is_speaker():
+                write_readable(store, part)
         _say(written, rows, store)
         if generated:
             cut, critiques = cut_short(read_rewards(store, part).values())

@@ -16,6 +16,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -48,6 +49,7 @@ from mmrlhf_jax.inference.forward import ForwardConfig, GroupList
 from mmrlhf_jax.inference.reward import RewardModel, Scoring, write_rewards
 from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.inference.watch import Watch
+from mmrlhf_jax.lease import lease
 from mmrlhf_jax.models.critique_reward.render import RewardRenderer, load_reward_renderer
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions
@@ -118,7 +120,8 @@ def main() -> None:
             return
         with tempfile.TemporaryDirectory(prefix="mmrlhf-evaluate-") as folder:
             rows = benchmark.read(chosen.input, _store(folder))
-        _finish(chosen, benchmark, settings, rows, None)
+        with _lease(chosen):
+            _finish(chosen, benchmark, settings, rows, None)
         return
     set_up_jax(chosen.dtype)
     _with_model(chosen, benchmark, settings)
@@ -195,13 +198,18 @@ def _with_model(arguments: Arguments, benchmark: Benchmark, settings: dict[str, 
     generated = scoring.critiques == "generated"
     closing = len(judge.renderer.closing) if isinstance(judge.renderer, RewardRenderer) else 0
     check_lengths(groups, judge.renderer, (arguments.sampling.max_new_tokens + closing) * generated)
-    store = AnnotationStore.open(arguments.output, REWARD, settings)
     source = GroupList(tuple(groups), arguments.input)
-    with stop_signals() as asked, progress_bar(shown=generated) as progress:
-        write_rewards(source, groups, range(len(groups)), judge, scoring, store, Watch(asked.is_set, progress))
-    scored = read_rewards(store, source)
-    _finish(arguments, benchmark, settings, rows, (places, [scored[row] for row in range(len(groups))]))
-    store.directory.parent.rmtree()  # everything stands in rows.jsonl now
+    with _lease(arguments):
+        store = AnnotationStore.open(arguments.output, REWARD, settings)
+        with stop_signals() as asked, progress_bar(shown=generated) as progress:
+            write_rewards(source, groups, range(len(groups)), judge, scoring, store, Watch(asked.is_set, progress))
+        scored = read_rewards(store, source)
+        _finish(arguments, benchmark, settings, rows, (places, [scored[row] for row in range(len(groups))]))
+        store.directory.parent.rmtree()  # everything stands in rows.jsonl now
+
+
+def _lease(arguments: Arguments) -> AbstractContextManager[None]:
+    return lease(storage.to_path(arguments.output) / "lease.json", arguments.output)
 
 
 def _read_with_pictures(

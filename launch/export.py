@@ -10,6 +10,7 @@ import tyro
 from etils import epath
 
 from mmrlhf_jax.command import run_command
+from mmrlhf_jax.lease import beside, lease
 from mmrlhf_jax.models.families import is_reward, keys_of
 from mmrlhf_jax.models.llava_onevision.adapter import is_adapter_directory, save_adapter
 from mmrlhf_jax.models.llava_onevision.lmms_lab import is_original
@@ -52,7 +53,8 @@ def main() -> None:
         print(f"{command.output} is written already")
         return
     keys = keys_of(model.config)
-    save_directory(model.params, model.assets, command.output, command.dtype, record=record, keys=keys)
+    with lease(beside(command.output), command.output):
+        save_directory(model.params, model.assets, command.output, command.dtype, record=record, keys=keys)
     print(f"wrote {command.output} ({command.dtype}){_source(command.model, model.step)}")
 
 
@@ -65,7 +67,8 @@ def _export_adapter(command: Export) -> None:
     if is_reward(model.config):
         raise ValueError(f"{command.model} is a reward model, whose head no PEFT directory holds: leave out --adapter")
     base = base_of(command.model)
-    save_adapter(model.params, command.output, base=base)
+    with lease(beside(command.output), command.output):
+        save_adapter(model.params, command.output, base=base)
     print(f"wrote the adapter {command.output}{_source(command.model, model.step)}")
     if not _loads_in_peft(base):
         print(

@@ -58,8 +58,9 @@ from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, RenderOptions, load_renderer
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.storage import to_path
-from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, join_processes, say
+from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, job_lease, join_processes, say
 from mmrlhf_jax.training.model import LoadedModel, assets_of, check_family, load_model, model_fingerprint
+from mmrlhf_jax.training.peers import watched_processes
 from mmrlhf_jax.training.recipe import INFERENCE
 from mmrlhf_jax.training.runtime import set_up_jax, stop_signals
 
@@ -137,7 +138,11 @@ def main() -> None:
     check(arguments)
     join_processes()
     set_up_jax(arguments.dtype)
-    with stop_signals() as asked, tempfile.TemporaryDirectory(prefix="mmrlhf-generate-") as folder:
+    with (
+        watched_processes(),
+        stop_signals() as asked,
+        tempfile.TemporaryDirectory(prefix="mmrlhf-generate-") as folder,
+    ):
         answer(arguments, make_mesh(arguments.mesh), asked, folder)
 
 
@@ -176,6 +181,22 @@ def answer(arguments: Arguments, mesh: Mesh, asked: threading.Event, folder: str
     file = AnswerFile(to_path(arguments.output), prompts.unit)
     settings = _settings(arguments, prompts, renderer, judging)
     file.check(settings)  # before anything is written beside it
+    with job_lease(file.lease, str(file.path)):
+        _answer_all(arguments, prompts, file, settings, renderer, judging, mesh, compute, asked)
+
+
+def _answer_all(
+    arguments: Arguments,
+    prompts: Prompts,
+    file: AnswerFile,
+    settings: dict[str, Any],
+    renderer: LlavaOnevisionRenderer,
+    judging: Judging | None,
+    mesh: Mesh,
+    compute: Compute,
+    asked: threading.Event,
+) -> None:
+    """What the job does that holds the lease of OUTPUT."""
     _settle_rejected(arguments, prompts, file)
     begin(file, settings)
     finished = file.finished()

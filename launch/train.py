@@ -36,11 +36,13 @@ def main() -> None:
             recipe: what to run
         """
         from mmrlhf_jax.training.distributed import join_processes
+        from mmrlhf_jax.training.peers import watched_processes
         from mmrlhf_jax.training.train import train
 
         join_processes()
         log = recipe.log if profile == default.log.profile else dataclasses.replace(recipe.log, profile=profile)
-        train(dataclasses.replace(recipe, log=log), output)
+        with watched_processes():
+            train(dataclasses.replace(recipe, log=log), output)
 
     tyro.cli(command, prog=f"train.py {file}", args=arguments)
 

@@ -16,6 +16,7 @@ import hashlib
 import io
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -106,6 +107,16 @@ def write_whole(path: epath.Path, data: bytes) -> None:
     aside.replace(path)
 
 
+def create_whole(path: epath.Path, data: bytes) -> bool:
+    """Makes a remote object unless there is one; returns whether it did. Of several that try at once, one does."""
+    file_system, name = _file_system(path)
+    try:
+        file_system.pipe_file(name, data, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
 def list_files(directory: PathLike) -> list[RemoteFile]:
     """The objects directly under a remote `directory`, by name; none where it does not exist."""
     file_system, name = _file_system(directory)
@@ -119,6 +130,39 @@ def list_files(directory: PathLike) -> list[RemoteFile]:
         if one["type"] == "file" and not one["name"].endswith("/")  # some tools make an empty object of a directory
     ]
     return sorted(files, key=lambda file: file.name)
+
+
+def stamps(directory: PathLike) -> dict[str, tuple[int, str]]:
+    """Size and checksum of every file anywhere under `directory`, by its name there: of a local file the crc32 of its
+    content, which is read; of an object the crc32c that its store keeps (empty where it keeps none)."""
+    if is_remote(directory):
+        file_system, name = _file_system(directory)
+        found = file_system.find(name, detail=True)
+        return {
+            path.removeprefix(f"{name}/"): (one["size"], f"crc32c:{one['crc32c']}" if "crc32c" in one else "")
+            for path, one in found.items()
+        }
+    root = Path(directory)
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(TRANSFERS) as pool:  # zlib and reading release the GIL
+        return dict(zip((file.relative_to(root).as_posix() for file in files), pool.map(_stamp, files), strict=True))
+
+
+def _stamp(file: Path) -> tuple[int, str]:
+    size = checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(2**22):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return size, f"crc32:{checksum:08x}"
+
+
+def move(source: epath.Path, target: epath.Path) -> None:
+    """Gives a directory another name; in a bucket its objects are copied there by the store, then removed."""
+    if is_remote(source):
+        file_system, name = _file_system(source)
+        file_system.mv(name, _file_system(target)[1], recursive=True)
+    else:
+        source.rename(target)
 
 
 def upload(source: Path, target: PathLike, *, last: str, marker: str) -> None:

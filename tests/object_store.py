@@ -45,6 +45,8 @@ def _answer_as_google_does() -> None:
 
     def insert(request: Any, response: Any, storage: Any, *more: Any, **named: Any) -> Any:
         (wanted, *_), (name, *_) = (request.query.get(key, [""]) for key in ("ifGenerationMatch", "name"))
+        if wanted and not name and request.query["uploadType"] == ["multipart"]:
+            name = request.data["meta"]["name"]
         if wanted and name and wanted != generation(storage, request.params["bucket_name"], name):
             _ = request.data  # read, or the connection is out of step
             response.status = HTTPStatus.PRECONDITION_FAILED

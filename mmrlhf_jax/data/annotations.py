@@ -3,6 +3,7 @@
     DATASET/annotations/<kind>-<16 hex of the key's sha256>/
         key.json                    everything the values depend on
         part-<first row>-<n>.npz    n rows, each with the content hash of its group
+        lease.json                  which job writes, while one does
 
 A part appears under its name only when whole, so a killed run loses at most the part it was writing. Rows are
 written once: a second value for a row is an error, never a choice.
@@ -47,7 +48,7 @@ class AnnotationError(ValueError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AnnotationStore:
-    """One kind of annotation made in one way. Several processes may write different rows at a time."""
+    """One kind of annotation made in one way. The processes of a job may write different rows at a time."""
 
     directory: epath.Path
     key: Mapping[str, Any]
@@ -75,6 +76,11 @@ class AnnotationStore:
         if stored != json.loads(text):
             raise AnnotationError(f"{directory}/key.json holds another key ({stored}): remove the directory")
         return cls(directory, stored)
+
+    @property
+    def lease(self) -> epath.Path:
+        """Held by the job that writes (mmrlhf_jax/lease.py)."""
+        return self.directory / "lease.json"
 
     def done(self) -> set[int]:
         """Rows that are stored.

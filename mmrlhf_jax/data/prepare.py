@@ -36,6 +36,7 @@ from mmrlhf_jax.data.sources import read_source
 from mmrlhf_jax.data.sources.pictures import PictureStore, is_embedded
 from mmrlhf_jax.data.sources.rows import Rejected, Remark, SourceOptions
 from mmrlhf_jax.groups import Group, Lengths, Media, Renderer
+from mmrlhf_jax.lease import beside, lease
 
 REJECTED_FILE = "rejected.jsonl"
 REPORT_FILE = "report.json"
@@ -105,6 +106,7 @@ def prepare(options: PrepareOptions) -> Report:
         SourceError: the input cannot be read as asked.
         DatasetError: `output` holds something else, or was prepared from other inputs.
         PrepareError: too many rows are bad (they are listed in `output`/rejected.jsonl), or none is good.
+        LeaseError: another job prepares `output`.
     """
     if options.max_tokens is not None and options.renderer is None:
         raise PrepareError("--max-tokens needs --model: lengths are counted in the model's tokens")
@@ -115,11 +117,12 @@ def prepare(options: PrepareOptions) -> Report:
         _clear_waiting(output)
         _check_share(done, options, output)
         return done
-    _clear_waiting(output)
-    try:
-        return _prepare(options, output, metadata)
-    finally:
+    with lease(beside(output), str(output)):
         _clear_waiting(output)
+        try:
+            return _prepare(options, output, metadata)
+        finally:
+            _clear_waiting(output)
 
 
 def _prepare(options: PrepareOptions, output: epath.Path, metadata: dict[str, Any]) -> Report:

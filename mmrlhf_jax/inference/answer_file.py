@@ -2,6 +2,7 @@
 
     OUTPUT                   one JSON line a prompt, in their order; appears when all are there
     OUTPUT.settings.json     everything the answers depend on
+    OUTPUT.lease             which job writes, while one does
     OUTPUT.parts/            <kind>-<place>-<n>.jsonl: what is done so far, n lines each as they will stand in OUTPUT
 
 Nothing is appended to: a part appears under its name only when whole, on a disk as on gs://, where appending is
@@ -56,6 +57,11 @@ class AnswerFile:
     @property
     def rejected(self) -> epath.Path:
         return self._beside("rejected.jsonl")
+
+    @property
+    def lease(self) -> epath.Path:
+        """Held by the job that writes (mmrlhf_jax/lease.py)."""
+        return self._beside("lease")
 
     @property
     def parts(self) -> epath.Path:

@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
+import json
 import os
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmrlhf_jax.command import UsageError
+from mmrlhf_jax.command import CommandError, UsageError
+from mmrlhf_jax.lease import lease
 from mmrlhf_jax.nn.sharding import replicated
+from mmrlhf_jax.training.peers import JAX_SILENT, client
+from mmrlhf_jax.writing import explained_writing
 
+T = TypeVar("T")
+PATIENCE_MS = 24 * 3600 * 1000  # for the speaker's answer: whether it lives is watched elsewhere (peers.py)
+_turns = itertools.count()  # every process asks in the same order
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -37,7 +47,7 @@ def join_processes() -> None:
         if "num_processes" in arguments:
             count, number, address = (arguments[k] for k in ("num_processes", "process_id", "coordinator_address"))
             print(f"process {number} of {count}, waiting for the others at {address}", file=sys.stderr, flush=True)
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=JAX_SILENT)
 
 
 def how_to_join(environment: Mapping[str, str], *, tpu_devices: bool) -> dict[str, Any] | None:
@@ -104,6 +114,38 @@ def wait_for_all(what: str) -> None:
     """Returns when every process has come here: after the speaker wrote what the others read."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def from_speaker(work: Callable[[], T]) -> T:
+    """What `work` gives (JSON values) on every process; it is done by the speaker alone, and may take long.
+
+    Raises on all what it raises there; elsewhere than there as a CommandError.
+    """
+    if jax.process_count() == 1:
+        return work()
+    place, connection = f"mmrlhf/speaker/{next(_turns)}", client()
+    if is_speaker():
+        try:
+            value = work()
+        except (CommandError, ValueError, OSError) as error:
+            told = {"error": str(error), "status": getattr(error, "status", 1)}
+            connection.key_value_set(place, json.dumps(told))
+            raise
+        connection.key_value_set(place, json.dumps({"value": value}))
+        return value
+    told = json.loads(connection.blocking_key_value_get(place, PATIENCE_MS))
+    if "error" in told:
+        raise CommandError(told["error"], told["status"])
+    return told["value"]
+
+
+@contextmanager
+def job_lease(file: epath.Path, what: str) -> Iterator[None]:
+    """`lease`, of which the speaker is the one that holds it. Raises on all processes where it is refused."""
+    with ExitStack() as held:
+        from_speaker(lambda: held.enter_context(lease(file, what)))
+        with explained_writing(what):  # by the others
+            yield
 
 
 def check_agreement(what: str, value: str) -> None:

@@ -8,13 +8,14 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TypeVar
 
 from etils import epath
 
 from mmrlhf_jax.command import progress_line
 from mmrlhf_jax.storage import is_remote
+from mmrlhf_jax.training.peers import doing, step_took
 from mmrlhf_jax.training.recipe import LogConfig
 from mmrlhf_jax.training.run import RunDirectory, read_lines, write_text
 
@@ -53,8 +54,10 @@ class MetricsLog:
             sink.flush()
 
     def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
+        """All of them, even where one raises: a progress bar that is left open swallows the line of the error."""
+        with ExitStack() as closing:
+            for sink in self._sinks:
+                closing.callback(sink.close)
 
 
 def check_log(run: RunDirectory, config: LogConfig) -> None:
@@ -223,7 +226,8 @@ def _numbers(record: Record) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds since the last step, and how many of them went into waiting for data and into compiling."""
+    """Seconds since the last step, and how many of them went into waiting for data and into compiling; tells the other
+    processes of the job which of them it is."""
 
     def __init__(self) -> None:
         self._seen: set[Any] = set()
@@ -235,32 +239,40 @@ class Clock:
         items = iter(source)
         while True:
             began = time.perf_counter()
+            doing("waiting for data", bounded=True)
             try:
                 item = next(items)
             except StopIteration:
                 return
+            doing("in the step", bounded=True)
             self._wait += time.perf_counter() - began
             yield item
 
     @contextmanager
     def compiling(self, program: Any) -> Iterator[None]:
         """The first call with a `program` compiles it, and a call that only dispatches takes no time."""
-        began = time.perf_counter()
+        began, new = time.perf_counter(), program not in self._seen
+        if new:
+            doing("compiling")
         yield
-        if program not in self._seen:
+        if new:
             self._seen.add(program)
             self._compile += time.perf_counter() - began
+            doing("in the step", bounded=True)
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
         """Time that belongs to no step: evaluation and checkpoints."""
         began = time.perf_counter()
+        doing("evaluating or saving")
         yield
         self._last += time.perf_counter() - began
+        doing("in the step", bounded=True)
 
     def lap(self) -> dict[str, float]:
         """The metrics of the step that ends now."""
         now = time.perf_counter()
         lap = {"seconds": now - self._last, "seconds/data_wait": self._wait, "seconds/compile": self._compile}
+        step_took(lap["seconds"] - self._compile)
         self._last, self._wait, self._compile = now, 0.0, 0.0
         return lap

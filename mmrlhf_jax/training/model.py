@@ -152,6 +152,9 @@ def _open(run: str, which: str | None) -> tuple[Checkpoints, int]:
     if step is None or step not in have:
         there = ", ".join(map(str, have))
         raise FileNotFoundError(f"{run}: no checkpoint {f'{step}; there: {there}' if there else 'yet'}")
+    if (damage := checkpoints.damage(step)) is not None:
+        others = f", such as {run}@{max(other)}" if (other := [n for n in have if n != step]) else ""
+        raise ValueError(f"{run}: checkpoint {step} is damaged ({damage}): name another{others}")
     return checkpoints, step
 
 

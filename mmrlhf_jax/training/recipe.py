@@ -159,7 +159,9 @@ class CheckpointConfig:
     every: int = 500
     """steps between checkpoints; the last step always has one, and the best evaluation its own"""
     keep: int = 2
-    """latest checkpoints to keep, beside the best one"""
+    """latest checkpoints to keep, beside the best one; with 1 there is none to go back to from a damaged one"""
+    grace: float = 30.0
+    """seconds the machine leaves between SIGTERM and SIGKILL; a warning is printed when a checkpoint takes longer"""
 
 
 @dataclass(frozen=True)

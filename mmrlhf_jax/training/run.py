@@ -5,6 +5,8 @@ RUN/start.json        fingerprints of what the run started from
 RUN/environment.jsonl what it ran on: one line a start or resumption
 RUN/model/            config, tokenizer, templates of the model it started from
 RUN/checkpoints/N/    parameters, optimizer and data position after N steps; of a LoRA run only what trains
+RUN/damaged/N/        checkpoints that turned out not to be what was written
+RUN/lease.json        who writes here, while somebody does
 RUN/metrics.jsonl     one line a step
 RUN/evaluation.jsonl  one line an evaluation on held-out groups
 RUN/profile/          traces, when asked for
@@ -13,9 +15,14 @@ RUN/complete.json     written last
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +32,27 @@ from etils import epath
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.nn import params as nn_params
+from mmrlhf_jax.training import manifest
+from mmrlhf_jax.training.distributed import from_speaker, is_speaker
 from mmrlhf_jax.training.recipe import CheckpointConfig
 from mmrlhf_jax.training.state import TrainState, combine
+
+
+def _is_ours_to_say(record: logging.LogRecord) -> bool:
+    """Orbax logs every error with its traceback, and raises it too; it is told once, when it is raised."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+def _say_once(unraisable: sys.UnraisableHookArgs) -> None:
+    """For sys.unraisablehook: when a checkpoint fails, each of tensorstore's writes that are still under way prints
+    that orbax' event loop no longer waits for it."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        _hook_before(unraisable)
+
+
+logging.getLogger("absl").addFilter(_is_ours_to_say)
+_hook_before, sys.unraisablehook = sys.unraisablehook, _say_once
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,8 @@ class RunDirectory:
     environment = property(lambda self: self.path / "environment.jsonl")
     model = property(lambda self: self.path / "model")
     checkpoints = property(lambda self: self.path / "checkpoints")
+    damaged = property(lambda self: self.path / "damaged")
+    lease = property(lambda self: self.path / "lease.json")
     metrics = property(lambda self: self.path / "metrics.jsonl")
     evaluation = property(lambda self: self.path / "evaluation.jsonl")
     complete = property(lambda self: self.path / "complete.json")
@@ -51,8 +79,9 @@ class RunDirectory:
 
     def has_begun(self) -> bool:
         """Whether there is work in it: a run that failed before its first checkpoint may be started anew."""
-        return self.complete.exists() or (
-            self.checkpoints.exists() and any(step.name.isdigit() for step in self.checkpoints.iterdir())
+        return self.complete.exists() or any(
+            place.exists() and any(step.name.partition("-")[0].isdigit() for step in place.iterdir())
+            for place in (self.checkpoints, self.damaged)
         )
 
 
@@ -64,9 +93,9 @@ def write_text(path: epath.Path, text: str) -> None:
 class Checkpoints:
     """Orbax checkpoints of a run: parameters and optimizer by name, and the position in the data.
 
-    A checkpoint appears under its step number only when whole; saving runs beside training. With several processes
-    every call is made by all of them. Opened for reading where there is no `config`; `best` tells which step, beside
-    the latest ones, is kept.
+    A checkpoint appears under its step number only when whole; saving runs beside training, and so does noting its
+    manifest; `written` says what the latest one took. With several processes every call is made by all of them. Opened
+    for reading where there is no `config`; `best` tells which step, beside the latest ones, is kept.
     """
 
     def __init__(
@@ -82,9 +111,12 @@ class Checkpoints:
             enable_async_checkpointing=writes,
             create=writes,
         )
-        self.manager = ocp.CheckpointManager(
-            directory if storage.is_remote(directory) else directory.absolute(), options=options
-        )
+        self.directory = directory if storage.is_remote(directory) else directory.absolute()
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        latest = self.latest()
+        self.written = None if latest is None else manifest.written(self.directory / str(latest))
+        self._beside = ThreadPoolExecutor(1, "seal")
+        self._sealing: Future[None] | None = None
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -93,12 +125,18 @@ class Checkpoints:
         return sorted(self.manager.all_steps())
 
     def save(self, state: TrainState, position: Mapping[str, Any], *, whole: bool = True) -> None:
-        """`whole`: frozen parameters too; a LoRA run leaves them with the model it started from."""
+        """`whole`: frozen parameters too; a LoRA run leaves them with the model it started from. Raises what went wrong
+        with the checkpoint before."""
+        self._settle()
+        if not storage.is_remote(self.directory) and not self.directory.exists():
+            # orbax would make it anew, on the disk under a mount that has gone
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(self.directory))
         step = int(position["step"])
         if step in self.manager.all_steps():
             return
         held = combine(state.trainable, state.frozen) if whole else state.trainable
         dtypes = {name: leaf.dtype.name for name, leaf in _by_name(held).items()}
+        began = time.monotonic()
         self.manager.save(
             step,
             args=ocp.args.Composite(
@@ -108,6 +146,36 @@ class Checkpoints:
             ),
             force=True,
         )
+        self._sealing = self._beside.submit(self._seal, step, began)
+
+    def _seal(self, step: int, began: float) -> None:
+        self.manager.wait_until_finished()
+        seconds = time.monotonic() - began
+        if is_speaker():
+            self.written = manifest.seal(self.directory / str(step), seconds)
+
+    def check(self) -> None:
+        """Raises what went wrong with a checkpoint beside training, as soon as it has."""
+        if self._sealing is not None and self._sealing.done():
+            self._settle()
+
+    def _settle(self) -> None:
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.result()
+
+    def damage(self, step: int) -> str | None:
+        """What is wrong with the files of a checkpoint, by its manifest: the same answer on every process."""
+        return from_speaker(lambda: manifest.damage(self.directory / str(step)))
+
+    def has_manifest(self, step: int) -> bool:
+        return from_speaker(lambda: manifest.written(self.directory / str(step)) is not None)
+
+    def set_aside(self, step: int, place: epath.Path) -> str:
+        """Moves a checkpoint into `place`; returns where it is."""
+        moved = from_speaker(lambda: os.fspath(manifest.set_aside(self.directory / str(step), place)))
+        self.manager.reload()
+        return moved
 
     def position(self, step: int) -> dict[str, Any]:
         return self.manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))["position"]
@@ -122,8 +190,12 @@ class Checkpoints:
         return _from_names(self.manager.restore(step, args=args)["optimizer"], abstract)
 
     def close(self) -> None:
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits for the checkpoint being written. Raises what went wrong with it."""
+        try:
+            self._settle()
+        finally:
+            self._beside.shutdown()
+            self.manager.close()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from textwrap import shorten
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import replicated
 from mmrlhf_jax.objectives import CritiqueReward
 from mmrlhf_jax.training import recipe as recipes
-from mmrlhf_jax.training.distributed import is_speaker, say, wait_for_all
+from mmrlhf_jax.training.distributed import check_agreement, is_speaker, say, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel, absolute, check_family, load_model, with_fresh_head
 from mmrlhf_jax.training.recipe import INFERENCE, Recipe, RewardObjective
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, abstract_of, write_text
@@ -57,8 +58,13 @@ def check_resumable(run: RunDirectory, recipe: Recipe) -> None:
             raise ValueError(
                 f"{run.path} holds a run of another recipe; use another --output, or undo:\n  " + "\n  ".join(changed)
             )
-    elif not run.exists() and run.path.exists() and not run.model.exists() and any(run.path.iterdir()):
+    elif not run.exists() and run.path.exists() and not run.model.exists() and _foreign(run):
         raise ValueError(f"{run.path} exists and is no run; use another --output")
+
+
+def _foreign(run: RunDirectory) -> bool:
+    """Whether there is anything but the lease of a job killed at its very start."""
+    return any(file.name != run.lease.name for file in run.path.iterdir())
 
 
 def starting_model(recipe: Recipe, mesh: Mesh) -> LoadedModel:
@@ -134,23 +140,79 @@ def _counter(step: int, shardings: TrainState) -> jax.Array:
 
 
 def resume(
-    checkpoints: Checkpoints, state: TrainState, shardings: TrainState, position: Mapping[str, Any], *, whole: bool
+    run: RunDirectory,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    shardings: TrainState,
+    position: Mapping[str, Any],
+    *,
+    whole: bool,
 ) -> TrainState:
-    """The state of the latest checkpoint, else `state`; `whole` as it was saved. Raises ValueError when the data would
-    go on in another order."""
-    step = checkpoints.latest()
-    if step is None:
-        return state
-    saved = checkpoints.position(step)
-    if changed := [name for name, value in position.items() if saved.get(name) != value]:
+    """The state of the latest checkpoint that is sound, else `state`; `whole` as it was saved. Later ones that are
+    damaged are moved into RUN/damaged, and that is said.
+
+    Raises ValueError when the data would go on in another order, or when there are checkpoints but none is sound.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(checkpoints.steps()):
+        found = checkpoints.damage(step)
+        if found is None:
+            found, resumed = _restore(checkpoints, step, state, shardings, position, whole=whole)
+            if resumed is not None:
+                _set_aside(run, checkpoints, damaged, step)
+                say(f"resuming after step {step}")
+                return resumed
+        damaged[step] = found or ""
+    if damaged or run.damaged.exists():
+        listed = "".join(f"\n  checkpoint {step}: {reason}" for step, reason in damaged.items())
+        earlier = f"; earlier ones lie in {run.damaged}" if run.damaged.exists() else ""
+        raise ValueError(
+            f"{run.checkpoints}: no checkpoint can be read{earlier}. Nothing was changed: put back a copy of one, or "
+            f"start again with another --output{listed}"
+        )
+    return state
+
+
+def _set_aside(run: RunDirectory, checkpoints: Checkpoints, damaged: Mapping[int, str], sound: int) -> None:
+    for step, reason in damaged.items():
+        place = checkpoints.set_aside(step, run.damaged)
+        say(f"checkpoint {step} is damaged ({reason}): moved to {place}; going back to checkpoint {sound}")
+
+
+def _restore(
+    checkpoints: Checkpoints,
+    step: int,
+    state: TrainState,
+    shardings: TrainState,
+    position: Mapping[str, Any],
+    *,
+    whole: bool,
+) -> tuple[str | None, TrainState | None]:
+    """The state of a checkpoint, or why it cannot be read, the same on every process."""
+    try:
+        saved = checkpoints.position(step)
+        if not (changed := [name for name, value in position.items() if saved.get(name) != value]):
+            moving = {name for name, _ in named_leaves(state.trainable)}
+            held = combine(state.trainable, state.frozen) if whole else state.trainable
+            params = checkpoints.params(step, abstract_of(held))
+            moments = checkpoints.optimizer(step, abstract_of(state.optimizer))
+    except Exception as error:  # of files that are not whole orbax raises anything, even a plain Exception
+        if isinstance(error, jax.errors.JaxRuntimeError) or checkpoints.has_manifest(step):
+            raise  # the devices' affair; or the files are as they were written
+        check_agreement(f"view of checkpoint {step}", "unreadable")
+        return _innermost(error), None
+    check_agreement(f"view of checkpoint {step}", "readable")
+    if changed:
         raise ValueError(f"checkpoint {step} was made with another {', '.join(changed)}; resume what it began with")
-    moving = {name for name, _ in named_leaves(state.trainable)}
-    held = combine(state.trainable, state.frozen) if whole else state.trainable
-    params = checkpoints.params(step, abstract_of(held))
     trainable, frozen = partition(params, moving.__contains__) if whole else (params, state.frozen)
-    moments = checkpoints.optimizer(step, abstract_of(state.optimizer))
-    say(f"resuming after step {step}")
-    return TrainState(_counter(step, shardings), trainable, frozen, moments)
+    return None, TrainState(_counter(step, shardings), trainable, frozen, moments)
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of the error that all others came from."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return shorten(f"{type(error).__name__}: {error}".split("\n")[0], 240, placeholder=" ...")
 
 
 def reference_source(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState], Any]:

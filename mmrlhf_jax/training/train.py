@@ -37,12 +37,14 @@ from mmrlhf_jax.training.data import (
     shapes_of,
     with_reference,
 )
-from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, say
+from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, job_lease, say
 from mmrlhf_jax.training.environment import note_environment
 from mmrlhf_jax.training.fit import device_memory, fit
+from mmrlhf_jax.training.grace import bytes_of, too_slow
 from mmrlhf_jax.training.held_out import check_metric, make_evaluate
 from mmrlhf_jax.training.metrics import Clock, MetricsLog, check_log, open_log
 from mmrlhf_jax.training.model import model_fingerprint, with_fresh_adapters
+from mmrlhf_jax.training.peers import doing
 from mmrlhf_jax.training.planning import memory_advice
 from mmrlhf_jax.training.recipe import Recipe, flatten
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, read_lines, write_text
@@ -70,8 +72,9 @@ class NonFiniteStep(CommandError):
 def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     """Runs `recipe` into the RUN directory `output`; the same command again goes on where it stopped.
 
-    Raises ValueError where recipe, data and model do not fit, NonFiniteStep at a NaN, and CommandError with status 75
-    after an interruption, which leaves a checkpoint.
+    Raises ValueError where recipe, data and model do not fit, NonFiniteStep at a NaN, LeaseError where another job
+    writes `output`, and CommandError where it cannot be written or, with status 75, after an interruption, which
+    leaves a checkpoint.
     """
     run = RunDirectory.at(output)
     check_resumable(run, recipe)
@@ -82,8 +85,13 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
         say(f"{run.path} is complete already")
         return
 
-    # --- devices and model -------------------------------------------------------------------------------------------
     set_up_jax(recipe.compute.dtype)
+    with job_lease(run.lease, str(run.path)):
+        _train(recipe, run, profiler)
+
+
+def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
+    # --- devices and model -------------------------------------------------------------------------------------------
     mesh = make_mesh(recipe.mesh)
     share = batch_share(mesh)
     kind = jax.devices()[0].device_kind
@@ -134,7 +142,7 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     best = _best_of(records, recipe.evaluation.metric)
     checkpoints = Checkpoints(run.checkpoints, recipe.checkpoint, best=best)
     del start, params
-    state = resume(checkpoints, state, shardings, position, whole=not lora)
+    state = resume(run, checkpoints, state, shardings, position, whole=not lora)
     first_step = int(state.step)
     note_environment(run, first_step, mesh)
     records += [record for record in read_lines(run.evaluation) if record["step"] <= first_step]
@@ -167,7 +175,10 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
 
     # --- the loop: closing the checkpoints waits for the one being written, however it ends -----------------------
     with closing(checkpoints), closing(session.log), closing(profiler), jax.set_mesh(mesh):
-        done = _loop(session, state)
+        try:
+            done = _loop(session, state)
+        finally:
+            doing("closing the run")
     if is_speaker():
         early = f", stopped early of {data.plan.steps}" if done < data.plan.steps else ""
         write_text(run.complete, json.dumps({"steps": done, "planned": data.plan.steps}) + "\n")
@@ -227,6 +238,8 @@ def _loop(run: Session, state: TrainState) -> int:
         lambda step: jax.random.fold_in(jax.random.key(recipe.seed), step), out_shardings=replicated(run.mesh)
     )
     clock, sums, seen, pending = Clock(), None, [], None
+    told = run.checkpoints.written
+    _warn_of_grace(run, state)
     batches = micro_batches(run.plan, run.loader, first_step=first_step, workers=recipe.data.workers)
     running = (first_step + 1, run.buckets[-1])
 
@@ -242,6 +255,7 @@ def _loop(run: Session, state: TrainState) -> int:
         for micro, host_batch in clock.waiting(batches):
             done = micro.step + 1
             running = (done, run.buckets[micro.bucket])
+            doing("in the step", done, bounded=True)
             run.profiler.before(done)
             batch = to_devices(host_batch, run.mesh)
             sums = run.zero_sums() if sums is None else sums
@@ -258,6 +272,9 @@ def _loop(run: Session, state: TrainState) -> int:
                 run.log.step(_record(*pending, schedule, clock, run.work))
             pending = (done, metrics, seen, micro.totals)
             sums, seen = None, []
+            run.checkpoints.check()  # now, and not when the next is due: until then there would be none
+            if told is None and (told := run.checkpoints.written) is not None:
+                _warn_of_grace(run, state)
             stopping = agreed_stop(stop.is_set())
             due = run.evaluate is not None and (done % recipe.evaluation.every == 0 or done == steps)
             if not (due or stopping or done % recipe.checkpoint.every == 0 or done == steps):
@@ -278,6 +295,13 @@ def _loop(run: Session, state: TrainState) -> int:
             if stopping and done < steps:
                 raise CommandError(f"interrupted after step {done}; run the same command to go on", INTERRUPTED)
     return steps
+
+
+def _warn_of_grace(run: Session, state: TrainState) -> None:
+    """Says where a checkpoint cannot be whole between SIGTERM and SIGKILL, as far as is known by now."""
+    size = bytes_of(state.trainable, () if run.recipe.lora.rank else state.frozen, state.optimizer)
+    if warning := too_slow(size, run.checkpoints.written, run.recipe.checkpoint, jax.process_count()):
+        say(warning)
 
 
 def _evaluate(run: Session, state: TrainState) -> bool:

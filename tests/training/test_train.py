@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,8 +13,18 @@ from small_world import ROOT, metrics, run
 from mmrlhf_jax.command import UsageError
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.pipeline import MissingMargin, check_margins
+from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, Supervised
-from mmrlhf_jax.training.recipe import LogConfig, PartRates, differences, flatten, read_recipe
+from mmrlhf_jax.training.model import load_model
+from mmrlhf_jax.training.recipe import (
+    INFERENCE,
+    CheckpointConfig,
+    LogConfig,
+    PartRates,
+    differences,
+    flatten,
+    read_recipe,
+)
 from mmrlhf_jax.training.run import Checkpoints
 from mmrlhf_jax.training.train import NonFiniteStep, train
 
@@ -93,6 +104,43 @@ def test_a_nan_names_step_and_rows_and_is_never_saved(small_world, tmp_path):
     assert named <= pictured
     assert named
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest() is None
+
+
+def poisoned(step):
+    """make_accumulate, whose parameters are NaN in one step of a run of one micro-batch a step."""
+    from mmrlhf_jax.training import train as module
+
+    real, count = module.make_accumulate, iter(range(1, 100))
+    broken = jax.jit(lambda tree: jax.tree.map(lambda x: x * jnp.nan, tree))
+
+    def make(*arguments, **named):
+        accumulate = real(*arguments, **named)
+
+        def poisoned_accumulate(trainable, *others):
+            return accumulate(broken(trainable) if next(count) == step else trainable, *others)
+
+        return poisoned_accumulate
+
+    return make
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_nan_in_mid_run_leaves_the_checkpoint_before_it(small_world, tmp_path, monkeypatch, capsys, every):
+    from mmrlhf_jax.training import train as module
+
+    data = {"max_steps": 6, "groups_per_step": 4}
+    run_recipe = recipe(small_world, data=data, checkpoint=CheckpointConfig(every=every))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "make_accumulate", poisoned(step=3))
+        with pytest.raises(NonFiniteStep, match=r"step 3: loss nan, .* dataset rows \d+, \d+, \d+, \d+\. The last"):
+            train(run_recipe, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert checkpoints.latest() == 2
+    model = load_model(str(tmp_path / "run"), make_mesh(MeshConfig()), ShardingRules(), rates=INFERENCE)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(model.params))
+    train(run_recipe, tmp_path / "run")
+    assert "resuming after step 2" in capsys.readouterr().out
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_only_what_has_a_rate_moves(small_world):

@@ -1,0 +1,104 @@
+"""Two virtual hosts, one of which dies, hangs or fails: the other ends within a minute and says what happened. Hosts
+that share a run have one lease and one view of its checkpoints."""
+
+import os
+import shutil
+import signal
+import time
+
+import pytest
+from another_job import held
+from small_world import ROOT, metrics, run, run_hosts, start_hosts, wait_for_hosts
+
+from mmrlhf_jax.training.run import Checkpoints
+
+pytestmark = pytest.mark.slow
+MINUTE = 60.0
+
+
+def arguments(world, output, steps=6):
+    return (
+        ROOT / "configs" / "tiny.py", "--model", world.model, "--dataset", world.dataset, "--output", output,
+        "--reference", "online", "--data.max-steps", steps, "--data.groups-per-step", 4, "--data.max-buckets", 1,
+        "--checkpoint.every", 2,
+    )  # fmt: skip
+
+
+def at_work(world, output):
+    """Two hosts in the midst of a run that has a checkpoint."""
+    hosts = start_hosts("train", *arguments(world, output, steps=100_000), processes=2, devices=1)
+    while not (output / "checkpoints" / "2" / "manifest.json").exists():
+        assert all(host.process.poll() is None for host in hosts), [host.printed() for host in hosts]
+        time.sleep(0.02)
+    return hosts
+
+
+def bury(hosts):
+    for host in hosts:
+        if host.process.poll() is None:
+            os.killpg(host.process.pid, signal.SIGKILL)
+        host.process.wait()
+
+
+@pytest.mark.parametrize("victim", [1, 0])
+@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
+def test_a_host_that_dies_or_hangs_ends_the_other_within_a_minute(small_world, tmp_path, harm, victim):
+    hosts = at_work(small_world, tmp_path / "run")
+    other = hosts[1 - victim]
+    began = time.monotonic()
+    os.kill(hosts[victim].process.pid, harm)
+    try:
+        code = other.process.wait(MINUTE)
+        took = time.monotonic() - began
+    finally:
+        bury(hosts)
+    said = other.printed()
+    print(f"{signal.Signals(harm).name} of process {victim}: process {1 - victim} ended with {code} after {took:.0f} s")
+    print(said[-1500:])
+    assert code not in (0, 75)
+    if victim == 1:
+        assert "error: process 1 on " in said
+        assert "it died or hangs" in said
+    elif harm == signal.SIGSTOP:
+        assert "error: process 0, through which all talk, has not answered for" in said
+    else:  # jax notices at once that its coordinator's connection has gone, and lets nobody else speak
+        assert "another task died" in said or "error: process 0" in said
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest()
+
+
+def test_a_host_that_fails_takes_the_other_along_with_its_message(small_world, tmp_path):
+    """Its disk is full, say; the other waits in a collective."""
+    hosts = at_work(small_world, tmp_path / "run")
+    began = time.monotonic()
+    (tmp_path / "run").rename(tmp_path / "gone")
+    try:
+        codes = [host.process.wait(MINUTE) for host in hosts]
+    finally:
+        bury(hosts)
+    print([host.printed()[-1500:] for host in hosts], time.monotonic() - began)
+    assert codes == [1, 1]
+    assert any(f"error: {tmp_path}/run: " in host.printed() for host in hosts)
+
+
+def test_hosts_are_refused_together_what_another_job_writes(small_world, tmp_path):
+    output = tmp_path / "run"
+    output.mkdir()
+    with held(output / "lease.json"):
+        hosts = start_hosts("train", *arguments(small_world, output), processes=2, devices=1)
+        assert wait_for_hosts(hosts, MINUTE) == [1, 1]
+    for host in hosts:
+        assert f"error: {output} is being written by another job: process 7 on elsewhere" in host.printed()
+    assert list(output.iterdir()) == []
+
+
+def test_hosts_go_back_to_the_same_checkpoint(small_world, tmp_path):
+    output = tmp_path / "run"
+    run("train", *arguments(small_world, output))
+    expected = metrics(output)
+    (output / "complete.json").unlink()
+    shutil.rmtree(output / "checkpoints" / "6" / "optimizer")
+    printed = run_hosts("train", *arguments(small_world, output), processes=2, devices=1)
+    assert "checkpoint 6 is damaged (optimizer/" in printed[0]
+    assert "going back to checkpoint 4\nresuming after step 4" in printed[0]
+    assert Checkpoints(output / "checkpoints").steps() == [4, 6]
+    assert [r["rows"] for r in metrics(output)] == [r["rows"] for r in expected]
