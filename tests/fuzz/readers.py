@@ -16,6 +16,7 @@ from typing import Any
 
 import corpus
 import mutate
+import stored
 
 from mmrlhf_jax.data import containers, media, video
 from mmrlhf_jax.data.media import MediaError, MediaRoot
@@ -121,6 +122,20 @@ def check_group(group: Group) -> None:
     for pair in group.pairs:
         assert group.responses[pair.chosen].rank < group.responses[pair.rejected].rank
     group.content_hash()
+
+
+def _rows_of_all(folder: Path) -> Rows:
+    state = _rows_at("mm_rlhf")(folder)
+    every = corpus.text_rows()
+    state.rows = [row for name, *_ in _SOURCES for row in every[name]]
+    return state
+
+
+def _read_any(state: Rows, made: Made) -> Iterable[str]:
+    """Rows of one format in a file of another too: whatever the rows are, they are read alike."""
+    name, _, choices = _SOURCES[int(made["rng"] * 1e6) % len(_SOURCES)]
+    file = made["file"] if made["rng"] > 0.02 else str(state.folder / ("gone" if made["lines"] else "pictures"))
+    return _source(name, *choices)(state, {**made, "file": file})
 
 
 def _read_rows(state: Rows, made: Made) -> Iterable[str]:
@@ -332,13 +347,13 @@ _SOURCES = (
 )  # fmt: skip
 
 ALL: tuple[Reader, ...] = (
-    Reader("rows", ("data/sources/rows",), (SourceError,), _rows_at("mm_rlhf"), _spoiled_rows, _read_rows),
+    Reader("rows", ("data/sources/rows",), (SourceError,), _rows_of_all, _spoiled_rows, _read_any),
     *(
         Reader(name, tuple(f"data/{m}" for m in modules), (SourceError,), _rows_at(name), _spoiled_rows, _source(name, *options))
         for name, modules, options in _SOURCES
     ),
     Reader("parquet", ("data/sources/parquet",), (SourceError,), _parquet_at, _spoiled_parquet, _read_rows),
-    Reader("pictures", (), (MediaError,), _picture_at, _spoiled_picture, _run_picture),
+    Reader("pictures", ("data/media",), (MediaError,), _picture_at, _spoiled_picture, _run_picture),
     Reader("media", ("data/media",), (MediaError, OSError), _media_at, _spoiled_path, _run_media),
     Reader("video", ("data/video", "data/containers"), (containers.VideoError,), _clips_at, _spoiled_clip, _run_clip),
     Reader("prompts", ("inference/prompts",), (SourceError,), _rows_at("prompts", True), _spoiled_rows, _run_prompts),
@@ -347,4 +362,7 @@ ALL: tuple[Reader, ...] = (
     Reader("vl_reward_bench", ("evaluation/vl_reward_bench",), (SourceError, BenchmarkError),
            _rows_at("vl_reward_bench"), _spoiled_rows, _benchmark(vl_reward_bench)),
     Reader("mixture", ("data/mixture",), (MixtureError,), _rows_at("mixture"), _spoiled_mixture, _run_mixture),
+    *(Reader(*each) for each in stored.STORED),
+    Reader("prepare", ("data/prepare",), (SourceError, *stored.REFUSALS_OF_PREPARE), _rows_at("mm_rlhf", True), _spoiled_rows,
+           stored.run_prepare),
 )  # fmt: skip
