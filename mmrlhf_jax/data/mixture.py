@@ -169,7 +169,7 @@ def _check_keys(where: str, raw: Any, *, needed: Sequence[str], known: Sequence[
 def _part(where: str, raw: Any) -> Part:
     _check_keys(where, raw, needed=("dataset",), known=("dataset", "weight", "limit", "subset"))
     part = Part(**raw)
-    if not isinstance(part.dataset, str) or not part.dataset:
+    if not isinstance(part.dataset, str) or not part.dataset or not _is_name(part.dataset):
         raise MixtureError(f"{where}: dataset {part.dataset!r} is not a path")
     where = f"{where} ({part.dataset})"
     number = isinstance(part.weight, int | float) and not isinstance(part.weight, bool)
@@ -180,6 +180,14 @@ def _part(where: str, raw: Any) -> Part:
     if part.subset is not None and (not isinstance(part.subset, str) or not part.subset):
         raise MixtureError(f"{where}: subset {part.subset!r} is neither null nor a glob")
     return Part(part.dataset, float(part.weight), part.limit, part.subset)
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file can have it: no NUL, no lone surrogate."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_whole(value: Any) -> bool:

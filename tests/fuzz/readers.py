@@ -354,7 +354,7 @@ ALL: tuple[Reader, ...] = (
     ),
     Reader("parquet", ("data/sources/parquet",), (SourceError,), _parquet_at, _spoiled_parquet, _read_rows),
     Reader("pictures", ("data/media",), (MediaError,), _picture_at, _spoiled_picture, _run_picture),
-    Reader("media", ("data/media",), (MediaError, OSError), _media_at, _spoiled_path, _run_media),
+    Reader("media", ("data/media",), (MediaError,), _media_at, _spoiled_path, _run_media),
     Reader("video", ("data/video", "data/containers"), (containers.VideoError,), _clips_at, _spoiled_clip, _run_clip),
     Reader("prompts", ("inference/prompts",), (SourceError,), _rows_at("prompts", True), _spoiled_rows, _run_prompts),
     Reader("reward_bench", ("evaluation/reward_bench", "evaluation/comparisons"), (SourceError, BenchmarkError),
