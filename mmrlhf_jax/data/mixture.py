@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.groups import Group
 
@@ -202,9 +203,9 @@ def _resolved(path: str, dataset: str) -> str:
 
 
 def _open(path: str, part: Part, where: str, open_part: Callable[[str], PreparedDataset]) -> PreparedDataset:
-    if epath.Path(where).is_file():
-        raise MixtureError(f"{path}: part {part.dataset!r} is a file; a part is a dataset made by launch/prepare.py")
     try:
+        if storage.to_path(where).is_file():
+            raise ValueError("it is a file; a part is a dataset made by launch/prepare.py")
         return open_part(where)
     except ValueError as error:
         raise MixtureError(f"{path}: part {part.dataset!r}: {error}") from error

@@ -17,6 +17,7 @@ from typing import Any
 import corpus
 import mutate
 import stored
+from data_samples import WordCounter
 
 from mmrlhf_jax.data import containers, media, video
 from mmrlhf_jax.data.media import MediaError, MediaRoot
@@ -24,7 +25,7 @@ from mmrlhf_jax.data.mixture import MixtureError, open_mixture
 from mmrlhf_jax.data.sources import read_source
 from mmrlhf_jax.data.sources.pictures import PictureStore
 from mmrlhf_jax.data.sources.rows import Rejected, Remark, Row, SourceError, SourceOptions, read_rows
-from mmrlhf_jax.evaluation import reward_bench, vl_reward_bench
+from mmrlhf_jax.evaluation import comparisons, reward_bench, vl_reward_bench
 from mmrlhf_jax.evaluation.comparisons import BenchmarkError, as_groups, lengths_of
 from mmrlhf_jax.groups import Group, Media, Turn
 from mmrlhf_jax.inference import prompts
@@ -131,10 +132,25 @@ def _rows_of_all(folder: Path) -> Rows:
     return state
 
 
+def _spoiled_any(rng: Random, state: Rows) -> Made:
+    """As JSON, or as parquet where it can be written as that."""
+    import pyarrow as pa
+
+    if rng.random() < 0.7:
+        return _spoiled_rows(rng, state)
+    rows = [row if rng.random() < 0.5 else mutate.mutated(rng, row, 1) for row in corpus.some(rng, state.rows)]
+    try:
+        data = _table(pa.Table.from_pylist(rows))
+    except Exception:  # values of several kinds, keys that are no text: it cannot be written
+        return _spoiled_rows(rng, state)
+    (state.folder / "in.parquet").write_bytes(data)
+    return {"file": str(state.folder / "in.parquet"), "lines": None, "rng": rng.random()}
+
+
 def _read_any(state: Rows, made: Made) -> Iterable[str]:
     """Rows of one format in a file of another too: whatever the rows are, they are read alike."""
     name, _, choices = _SOURCES[int(made["rng"] * 1e6) % len(_SOURCES)]
-    file = made["file"] if made["rng"] > 0.02 else str(state.folder / ("gone" if made["lines"] else "pictures"))
+    file = made["file"] if made["rng"] > 0.02 else str(state.folder / ("gone" if made["rng"] < 0.01 else "pictures"))
     return _source(name, *choices)(state, {**made, "file": file})
 
 
@@ -165,14 +181,14 @@ _COMPRESSED: tuple[dict[str, Any], ...] = ({"compression": "none"}, {"compressio
     {"use_dictionary": False, "compression": "gzip", "data_page_version": "2.0"}, {"row_group_size": 1, "write_page_checksum": True})  # fmt: skip
 
 
-def _table(columns: dict[str, Any], **how: Any) -> bytes:
+def _table(columns: Any, **how: Any) -> bytes:
     import io
 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, **how)
+    pq.write_table(columns if isinstance(columns, pa.Table) else pa.table(columns), buffer, **how)
     return buffer.getvalue()
 
 
@@ -282,6 +298,25 @@ def _run_prompts(state: Rows, made: Made) -> Iterable[str]:
     read.fingerprint()
 
 
+def _no_progress(items: Iterable[Any], total: int) -> Iterable[Any]:
+    return items
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a reward model says, without one."""
+
+    score: tuple[float, ...]
+
+    @property
+    def critiques(self) -> tuple[tuple[str, ...], ...]:
+        return (("",),) * len(self.score)
+
+    @property
+    def ended(self) -> list[list[bool]]:
+        return [[False]] * len(self.score)
+
+
 def _benchmark(module: Any) -> Callable[[Rows, Made], Iterable[str]]:
     def run(state: Rows, made: Made) -> Iterable[str]:
         rows = module.read(made["file"], state.store)
@@ -289,6 +324,17 @@ def _benchmark(module: Any) -> Callable[[Rows, Made], Iterable[str]]:
         assert len(places) == len(rows)
         for group in groups:
             check_group(group)
+        if made["rng"] < 0.2:
+            comparisons.check_reasons(rows)
+        comparisons.check_lengths(groups, WordCounter(), 5)  # type: ignore[arg-type]
+        root = None if made["rng"] > 0.9 else MediaRoot(str(state.root))
+        kept = MediaRoot(str(state.store.directory))
+        filled = comparisons.with_pictures(groups, root, kept, workers=1, progress=_no_progress)
+        assert all(corpus.SECRET not in each.sizes for group in filled for each in group.media), "left the media root"
+        score = 1.0 if made["rng"] > 0.05 else float("nan")
+        scored = [Scored(tuple(score / (1 + k) for k in range(len(g.responses)))) for g in groups]
+        comparisons.cut_short(scored)
+        comparisons.row_records(rows, places, scored)
         module.measure(rows, lengths_of(rows))
         module.chance(rows)
         module.remarks(rows)
@@ -319,7 +365,7 @@ def _spoiled_mixture(rng: Random, state: Rows) -> Made:
     value = rng.choice(state.rows)
     if rng.random() < 0.9:
         value = mutate.mutated(rng, value, rng.choice((1, 1, 2)))
-    data = mutate.dumps(rng, value).encode("utf-8", "surrogatepass")
+    data = mutate.dumps(rng, value).encode("utf-8", "surrogatepass").replace(b"gs://", b"gz://")  # no network
     (state.folder / "mix.json").write_bytes(mutate.mutated_bytes(rng, data) if rng.random() < 0.1 else data)
     return {"file": str(state.folder / "mix.json")}
 
@@ -337,9 +383,9 @@ _MAP = {"prompt": "q", "responses": "a"}
 _FULL = {**_MAP, "rank": "r", "score": "s", "reason": "why", "image": "pic", "video": "clip", "id": "n.id"}
 
 _SOURCES = (
-    ("mm_rlhf", ("sources/mm_rlhf", "sources/pairs", "ranking"), (SourceOptions(), SourceOptions(), _MARGIN)),
-    ("trl", ("sources/trl", "sources/conversation"), (SourceOptions(), SourceOptions(), SourceOptions(), _MARGIN)),
-    ("sharegpt", ("sources/sharegpt",), (SourceOptions(), SourceOptions(), _MARGIN, SourceOptions({"id": "id", "system_tag": "system"}),
+    ("mm_rlhf", ("sources/mm_rlhf", "sources/pairs", "sources/pictures", "ranking"), (SourceOptions(), SourceOptions(), _MARGIN)),
+    ("trl", ("sources/trl", "sources/conversation", "sources/pictures"), (SourceOptions(), SourceOptions(), SourceOptions(), _MARGIN)),
+    ("sharegpt", ("sources/sharegpt", "sources/conversation", "sources/pictures"), (SourceOptions(), SourceOptions(), _MARGIN, SourceOptions({"id": "id", "system_tag": "system"}),
      SourceOptions({"messages": "messages", "role_tag": "role", "content_tag": "content"}))),
     ("rlhf_v", ("sources/rlhf_v", "sources/pictures"), (SourceOptions(), _MARGIN)),
     ("mapped", ("sources/mapped",), (SourceOptions(_FULL), SourceOptions(_MAP), SourceOptions({**_MAP, "image": "pic"}),
@@ -347,7 +393,7 @@ _SOURCES = (
 )  # fmt: skip
 
 ALL: tuple[Reader, ...] = (
-    Reader("rows", ("data/sources/rows",), (SourceError,), _rows_of_all, _spoiled_rows, _read_any),
+    Reader("rows", ("data/sources/rows",), (SourceError,), _rows_of_all, _spoiled_any, _read_any),
     *(
         Reader(name, tuple(f"data/{m}" for m in modules), (SourceError,), _rows_at(name), _spoiled_rows, _source(name, *options))
         for name, modules, options in _SOURCES
@@ -356,11 +402,11 @@ ALL: tuple[Reader, ...] = (
     Reader("pictures", ("data/media",), (MediaError,), _picture_at, _spoiled_picture, _run_picture),
     Reader("media", ("data/media",), (MediaError,), _media_at, _spoiled_path, _run_media),
     Reader("video", ("data/video", "data/containers"), (containers.VideoError,), _clips_at, _spoiled_clip, _run_clip),
-    Reader("prompts", ("inference/prompts",), (SourceError,), _rows_at("prompts", True), _spoiled_rows, _run_prompts),
+    Reader("prompts", ("inference/prompts", "data/sources/conversation"), (SourceError,), _rows_at("prompts", True), _spoiled_rows, _run_prompts),
     Reader("reward_bench", ("evaluation/reward_bench", "evaluation/comparisons"), (SourceError, BenchmarkError),
-           _rows_at("reward_bench"), _spoiled_rows, _benchmark(reward_bench)),
-    Reader("vl_reward_bench", ("evaluation/vl_reward_bench",), (SourceError, BenchmarkError),
-           _rows_at("vl_reward_bench"), _spoiled_rows, _benchmark(vl_reward_bench)),
+           _rows_at("reward_bench", True), _spoiled_rows, _benchmark(reward_bench)),
+    Reader("vl_reward_bench", ("evaluation/vl_reward_bench", "evaluation/comparisons", "data/media"), (SourceError, BenchmarkError),
+           _rows_at("vl_reward_bench", True), _spoiled_rows, _benchmark(vl_reward_bench)),
     Reader("mixture", ("data/mixture",), (MixtureError,), _rows_at("mixture"), _spoiled_mixture, _run_mixture),
     *(Reader(*each) for each in stored.STORED),
     Reader("prepare", ("data/prepare",), (SourceError, *stored.REFUSALS_OF_PREPARE), _rows_at("mm_rlhf", True), _spoiled_rows,

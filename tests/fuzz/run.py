@@ -33,8 +33,8 @@ from random import Random
 from types import CodeType, FrameType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
 
 CPU_SECONDS = 5.0
 WALL_SECONDS = 60.0  # a process that says nothing for so long is ended: the machine may be busy with other things
@@ -97,10 +97,15 @@ class Lines:
 
 
 def functions_in(file: str) -> Iterator[CodeType]:
-    """Code objects of all functions; what runs on import is left out."""
+    """Code objects of all functions that read; what runs on import is left out."""
+    from stored import NOT_READERS
+
+    left_out = NOT_READERS.get(Path(file).name, ())
     pending = [(compile(Path(file).read_text(), file, "exec"), False)]
     while pending:
         code, is_function = pending.pop()
+        if is_function and code.co_qualname.startswith(left_out):
+            continue
         if is_function:
             yield code
         for inner in code.co_consts:
@@ -273,23 +278,31 @@ def report(reader: Any, tally: Tally, seconds: float, full: bool) -> str:
     ]
     if full:
         text += [f"  {count:7} {what}" for what, count in tally.outcomes.most_common()]
-        missing: dict[str, list[int]] = {}
-        for file, line in sorted(everything - tally.lines):
-            missing.setdefault(Path(file).name, []).append(line)
-        text += [f"  not run: {file} {' '.join(map(str, lines))}" for file, lines in missing.items()]
     text += [f"  FAILED  {what}: --only {number}" for what, number in list(tally.failures.items())[:FAILURES_SHOWN]]
     return "\n".join(text)
 
 
+def coverage_of(readers: list[Any], seen: set[tuple[str, int]]) -> list[str]:
+    """Lines of each module that any of the readers ran."""
+    rows = []
+    for file in sorted({file for reader in readers for file in sources_of(reader.modules)}):
+        lines = {(file, line) for code in functions_in(file) for line in lines_of(code)}
+        missing = sorted(line for _, line in lines - seen)
+        rows.append(f"  {100 * (1 - len(missing) / len(lines)):4.0f} % of {len(lines):4} lines  {Path(file).name}  not run: {missing}")
+    return rows
+
+
 def fuzz(readers: list[Any], executions: int, seed: int, full: bool = True) -> int:
     """How many readers failed."""
-    failed = 0
+    failed, seen = 0, set[tuple[str, int]]()
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         for reader in readers:
             started = time.monotonic()
             tally = watch(reader, seed, max(1, executions // reader.slow), Path(folder))
             print(report(reader, tally, time.monotonic() - started, full), flush=True)
             failed += bool(tally.failures)
+            seen |= tally.lines
+    print("\n".join(coverage_of(readers, seen)))
     print(f"seed {seed}: {failed} of {len(readers)} readers failed")
     return failed
 

@@ -270,10 +270,16 @@ def parse_object(text: str) -> dict[str, Any]:
     Raises:
         RowError, json.JSONDecodeError: it is none.
     """
+    if _values(text) > MAX_ROW_VALUES:
+        raise RowError(f"over {MAX_ROW_VALUES} values or commas")
     try:
         return _object(_DECODER.decode(text))
     except RecursionError:
         raise RowError("nested too deeply") from None
+    except (RowError, json.JSONDecodeError):
+        raise
+    except ValueError as error:  # a number of more digits than Python turns into one
+        raise RowError(str(error)) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
