@@ -187,7 +187,12 @@ def _read_part(path: epath.Path) -> dict[str, Any]:
             raise ValueError("hashes do not fit the rows")
         for name in names:
             values, lengths = part[f"{name}.values"], _whole_numbers(part[f"{name}.lengths"])
-            if values.dtype.kind not in "biuf" or values.ndim == 0 or len(lengths) != count or sum(lengths) != len(values):
+            if (
+                values.dtype.kind not in "biuf"
+                or values.ndim == 0
+                or len(lengths) != count
+                or sum(lengths) != len(values)
+            ):
                 raise ValueError(f"{name} does not fit its rows")
             part[name] = np.split(values, np.cumsum(lengths)[:-1])
     except Exception as error:  # numpy and zipfile raise a dozen types on damaged files

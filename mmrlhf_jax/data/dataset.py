@@ -43,7 +43,12 @@ UPLOADING = ".uploading"  # an object that stands beside half a dataset
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's own
 _FEATURES = tuple(
     f"tensorflow_datasets.core.features.{name}"
-    for name in ("features_dict.FeaturesDict", "sequence_feature.Sequence", "tensor_feature.Tensor", "text_feature.Text")
+    for name in (
+        "features_dict.FeaturesDict",
+        "sequence_feature.Sequence",
+        "tensor_feature.Tensor",
+        "text_feature.Text",
+    )
 )
 
 Example = dict[str, Any]

@@ -35,7 +35,9 @@ MAX_JPEG_SCANS = 100  # an encoder writes about ten; each may touch all pixels a
 LARGE_PIXELS = 2**24  # from here on one picture is decoded at a time: decoded and converted, it takes 12 bytes a pixel
 
 _large = threading.Lock()
-_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # in entropy-coded data, where ff is followed by 00 or restarts
+_JPEG_MARKER = re.compile(
+    rb"\xff([^\x00\xff\xd0-\xd7])"
+)  # in entropy-coded data, where ff is followed by 00 or restarts
 
 # EXIF orientation -> how to turn the stored pixels (CIPA DC-008, tag 0x0112); 1 is upright.
 _TRANSPOSE = {

@@ -23,7 +23,7 @@ from mmrlhf_jax.data.dataset import DatasetError
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.media import MediaError, MediaRoot, decode, picture_size, read_media
 from mmrlhf_jax.data.mixture import MixtureError, open_mixture
-from mmrlhf_jax.data.prepare import PrepareOptions, prepare
+from mmrlhf_jax.data.prepare import PrepareOptions, Proven, prepare, prove
 from mmrlhf_jax.data.rewards import made_by, read_rewards
 from mmrlhf_jax.groups import Media
 
@@ -93,7 +93,9 @@ def test_frames_of_a_directory_are_bounded_together(root: MediaRoot, monkeypatch
         read_media(Media("video", "clip"), root)
 
 
-def test_pictures_of_a_group_are_bounded_together(root: MediaRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_of_a_group_are_bounded_together(
+    root: MediaRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mmrlhf_jax.data.prepare.MAX_MEDIA_BYTES", 2 * len(picture()))
     file = write_rows(tmp_path / "in.jsonl", [row(), row(id="many", image=["a.png"] * 3)])
     report = prepare(PrepareOptions("mm_rlhf", (file,), str(tmp_path / "out"), media=root.path, max_rejected=0.5))
@@ -113,10 +115,8 @@ def test_a_video_whose_index_names_places_that_no_file_has_is_refused(tmp_path: 
     whole = file.read_bytes()
     for at in range(0, 400, 4):
         file.write_bytes(whole[:at] + b"\xff\xff\xff\x7f" + whole[at + 4 :])
-        try:
-            read_media(Media("video", "clip.avi"), root)
-        except MediaError as error:
-            assert "check its permissions" not in str(error)
+        result = prove(Media("video", "clip.avi"), root)
+        assert isinstance(result, Proven) or "check its permissions" not in result
 
 
 # Stored files.
@@ -129,11 +129,15 @@ def stored(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_a_dataset_cannot_name_a_module_to_import(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_cannot_name_a_module_to_import(
+    stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     text = (stored / "features.json").read_text()
-    (stored / "features.json").write_text(text.replace("tensorflow_datasets.core.features.text_feature.Text", "evil.Text"))
+    (stored / "features.json").write_text(
+        text.replace("tensorflow_datasets.core.features.text_feature.Text", "evil.Text")
+    )
     with pytest.raises(DatasetError, match=r"is damaged \(a feature of the class 'evil.Text'\)"):
         open_dataset(stored)
     assert not (tmp_path / "ran").exists()
@@ -166,7 +170,7 @@ def test_a_damaged_shard_is_named(stored: Path) -> None:
 @pytest.mark.parametrize("text", ["[]", '{"rows": "x"}', "\0", "[" * 10**5])
 def test_a_damaged_report_is_named(stored: Path, text: str) -> None:
     (stored / "report.json").write_text(text)
-    with pytest.raises(DatasetError, match="a report in .* is damaged"):
+    with pytest.raises(DatasetError, match=r"a report in .* is damaged"):
         prepare(PrepareOptions("mm_rlhf", (str(stored.parent / "in.jsonl"),), str(stored)))
 
 
@@ -190,11 +194,13 @@ def npy(shape: str, descr: str = "<f4") -> bytes:
     return b"\x93NUMPY\1\0" + len(text).to_bytes(2, "little") + text.encode()
 
 
-@pytest.mark.parametrize("data", [npy("(10**12,)"), npy("(1000000000000,)"), npy("(2,)", "|O"), npy("()"), npy("(-1,)"), b""])
+@pytest.mark.parametrize(
+    "data", [npy("(10**12,)"), npy("(1000000000000,)"), npy("(2,)", "|O"), npy("()"), npy("(-1,)"), b""]
+)
 @pytest.mark.parametrize("member", ["rows.npy", "hashes.npy", "score.values.npy", "score.lengths.npy"])
 def test_an_array_that_lies_about_its_size_or_kind_is_a_damaged_part(stored: Path, member: str, data: bytes) -> None:
     rewritten(part_of(stored), member, data)
-    with pytest.raises(AnnotationError, match="part-0-1.npz is damaged"):
+    with pytest.raises(AnnotationError, match=r"part-0-1.npz is damaged"):
         find(str(stored), "reward")[0].done()
 
 
@@ -217,10 +223,10 @@ def test_what_is_no_reward_is_named(stored: Path) -> None:
     with pytest.raises(AnnotationError, match="row 0 is no reward"):
         read_rewards(store, open_dataset(stored))
     (part.parent / "made_by.json").write_text("[1]")
-    with pytest.raises(AnnotationError, match="made_by.json is damaged"):
+    with pytest.raises(AnnotationError, match=r"made_by.json is damaged"):
         made_by(store)
     (part.parent / "key.json").write_text("[" * 10**5)
-    with pytest.raises(AnnotationError, match="key.json is damaged"):
+    with pytest.raises(AnnotationError, match=r"key.json is damaged"):
         find(str(stored), "reward")
 
 

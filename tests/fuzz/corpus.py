@@ -30,18 +30,42 @@ def pictures() -> list[bytes]:
     notes.add_itxt("note", "y" * 300, "en", "note", zip=True)
     frames = [Image.new("P", SIZE, color) for color in range(3)]
     made += [_saved("RGB", "PNG", pnginfo=notes), png_bomb(), png_of(60_000, 60_000), gif_of(65_535, 65_535)]
-    made += [_bytes(frames[0], format, save_all=True, append_images=frames[1:]) for format in ("GIF", "WEBP", "TIFF", "PNG")]
+    made += [
+        _bytes(frames[0], format, save_all=True, append_images=frames[1:]) for format in ("GIF", "WEBP", "TIFF", "PNG")
+    ]
     return made
 
 
 _FORMS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("RGB", "JPEG", {}), ("RGB", "JPEG", {"progressive": True}), ("L", "JPEG", {}), ("CMYK", "JPEG", {}),
-    ("RGB", "PNG", {}), ("RGBA", "PNG", {}), ("LA", "PNG", {}), ("P", "PNG", {"transparency": 0}), ("1", "PNG", {}), ("I;16", "PNG", {}),
-    ("RGB", "WEBP", {}), ("RGBA", "WEBP", {"lossless": True}), ("RGB", "BMP", {}), ("L", "BMP", {}), ("1", "BMP", {}),
-    ("P", "GIF", {}), ("L", "GIF", {"interlace": 1}), ("RGB", "TIFF", {}), ("RGB", "TIFF", {"compression": "tiff_lzw"}),
-    ("RGB", "TIFF", {"compression": "tiff_deflate"}), ("RGB", "TIFF", {"compression": "jpeg"}), ("1", "TIFF", {"compression": "group4"}),
-    ("F", "TIFF", {}), ("I;16", "TIFF", {}), ("CMYK", "TIFF", {}), ("RGB", "PPM", {}), ("RGB", "ICO", {}), ("RGB", "JPEG2000", {}),
-)  # fmt: skip
+    ("RGB", "JPEG", {}),
+    ("RGB", "JPEG", {"progressive": True}),
+    ("L", "JPEG", {}),
+    ("CMYK", "JPEG", {}),
+    ("RGB", "PNG", {}),
+    ("RGBA", "PNG", {}),
+    ("LA", "PNG", {}),
+    ("P", "PNG", {"transparency": 0}),
+    ("1", "PNG", {}),
+    ("I;16", "PNG", {}),
+    ("RGB", "WEBP", {}),
+    ("RGBA", "WEBP", {"lossless": True}),
+    ("RGB", "BMP", {}),
+    ("L", "BMP", {}),
+    ("1", "BMP", {}),
+    ("P", "GIF", {}),
+    ("L", "GIF", {"interlace": 1}),
+    ("RGB", "TIFF", {}),
+    ("RGB", "TIFF", {"compression": "tiff_lzw"}),
+    ("RGB", "TIFF", {"compression": "tiff_deflate"}),
+    ("RGB", "TIFF", {"compression": "jpeg"}),
+    ("1", "TIFF", {"compression": "group4"}),
+    ("F", "TIFF", {}),
+    ("I;16", "TIFF", {}),
+    ("CMYK", "TIFF", {}),
+    ("RGB", "PPM", {}),
+    ("RGB", "ICO", {}),
+    ("RGB", "JPEG2000", {}),
+)
 
 
 def _saved(mode: str, format: str, **options: Any) -> bytes:
@@ -94,10 +118,17 @@ def clips(folder: Path) -> dict[str, bytes]:
     """A clip of every container, several codecs, sound, a turned and a fragmented one."""
     made = {}
     for name, codec, options in (
-        ("a.mp4", "mpeg4", {}), ("frag.mp4", "mpeg4", {"movflags": "frag_keyframe+empty_moov"}), ("h264.mp4", "libx264", {}),
-        ("a.mov", "mjpeg", {}), ("a.avi", "mpeg4", {}), ("b.avi", "mpeg2video", {}), ("a.mkv", "libx264", {}), ("a.webm", "libvpx", {}),
-        ("png.mov", "png", {}), ("live.mkv", "mpeg4", {"live": "1"}),
-    ):  # fmt: skip
+        ("a.mp4", "mpeg4", {}),
+        ("frag.mp4", "mpeg4", {"movflags": "frag_keyframe+empty_moov"}),
+        ("h264.mp4", "libx264", {}),
+        ("a.mov", "mjpeg", {}),
+        ("a.avi", "mpeg4", {}),
+        ("b.avi", "mpeg2video", {}),
+        ("a.mkv", "libx264", {}),
+        ("a.webm", "libvpx", {}),
+        ("png.mov", "png", {}),
+        ("live.mkv", "mpeg4", {"live": "1"}),
+    ):
         try:
             made[name] = _clip(folder / name, codec, options)
         except (ValueError, OSError):  # this build of FFmpeg cannot write it
@@ -145,79 +176,200 @@ def text_rows() -> dict[str, list[Any]]:
     bench = {**pair, "id": "q1", "image": "mcq/a.png", "chosen_reason": "sees", "rejected_reason": "blind"}
     return {
         "mm_rlhf": [
-            {**pair, "id": "q", "image": "a.png", "margin": 1.5}, {**pair, "id": "q", "image": "a.png", "rejected": "worse", "margin": 2},
+            {**pair, "id": "q", "image": "a.png", "margin": 1.5},
+            {**pair, "id": "q", "image": "a.png", "rejected": "worse", "margin": 2},
             {**pair, "id": "q", "image": "a.png", "chosen": "worse", "rejected": "bad", "margin": 1},
-            {**pair, "id": 7, "image": ["a.png", "b.png"], "prompt": "<image>\n<image>\nWhat?", "is_tie": True, "margin": 0},
+            {
+                **pair,
+                "id": 7,
+                "image": ["a.png", "b.png"],
+                "prompt": "<image>\n<image>\nWhat?",
+                "is_tie": True,
+                "margin": 0,
+            },
             {**pair, "id": "v", "video": "clip", "chosen_reason": "sees", "rejected_reason": None, "margin": -1},
-            {**pair, "id": "t", "margin": 0.5, "unknown": 1}, {**pair, "id": "t", "margin": 0.5}, {**pair, "id": "u", "image": uri, "margin": 1},
-            {**pair, "id": "loop", "chosen": "a", "rejected": "b", "margin": 1}, {**pair, "id": "loop", "chosen": "b", "rejected": "a", "margin": 1},
+            {**pair, "id": "t", "margin": 0.5, "unknown": 1},
+            {**pair, "id": "t", "margin": 0.5},
+            {**pair, "id": "u", "image": uri, "margin": 1},
+            {**pair, "id": "loop", "chosen": "a", "rejected": "b", "margin": 1},
+            {**pair, "id": "loop", "chosen": "b", "rejected": "a", "margin": 1},
             {**pair, "id": "s", "image": struct_of, "margin": 3},
         ],
         "trl": [
-            pair, {**pair, "images": ["a.png", "b.png"]}, {**pair, "image": "a.png", "prompt": "<image>What?"}, {**pair, "videos": ["clip"]},
+            pair,
+            {**pair, "images": ["a.png", "b.png"]},
+            {**pair, "image": "a.png", "prompt": "<image>What?"},
+            {**pair, "videos": ["clip"]},
             {"prompt": [user], "chosen": [said], "rejected": [{**said, "content": "bad"}]},
             {"chosen": [user, said], "rejected": [user, {**said, "content": "bad"}], "images": [uri]},
-            {"prompt": "x", "chosen": [user, said, user, said], "rejected": [user, said, user, {**said, "content": "no"}]},
-            {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}], "chosen": "good", "rejected": "bad",
-             "images": [struct_of], "margin": 1},
-            {"prompt": [{"role": "user", "content": "<video>\nWhat? <image>"}], "chosen": "a", "rejected": "b", "image": "a.png", "video": "clip"},
+            {
+                "prompt": "x",
+                "chosen": [user, said, user, said],
+                "rejected": [user, said, user, {**said, "content": "no"}],
+            },
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": parts}],
+                "chosen": "good",
+                "rejected": "bad",
+                "images": [struct_of],
+                "margin": 1,
+            },
+            {
+                "prompt": [{"role": "user", "content": "<video>\nWhat? <image>"}],
+                "chosen": "a",
+                "rejected": "b",
+                "image": "a.png",
+                "video": "clip",
+            },
         ],
         "sharegpt": [
-            {"conversations": [{"from": "human", "value": "<image>What?"}], "chosen": {"from": "gpt", "value": "good"},
-             "rejected": {"from": "gpt", "value": "bad"}, "images": ["a.png"], "id": "1"},
+            {
+                "conversations": [{"from": "human", "value": "<image>What?"}],
+                "chosen": {"from": "gpt", "value": "good"},
+                "rejected": {"from": "gpt", "value": "bad"},
+                "images": ["a.png"],
+                "id": "1",
+            },
             {"messages": [user, said], "system": "Be brief.", "images": []},
             {"messages": [{"role": "system", "content": "Be."}, user, said, user, said], "videos": None, "tools": ""},
-            {"conversations": [{"from": "system", "value": "Be."}, {"from": "human", "value": "<video>What?"}],
-             "chosen": said, "rejected": {**said, "content": "bad"}, "videos": ["clip"], "margin": 2},
+            {
+                "conversations": [{"from": "system", "value": "Be."}, {"from": "human", "value": "<video>What?"}],
+                "chosen": said,
+                "rejected": {**said, "content": "bad"},
+                "videos": ["clip"],
+                "margin": 2,
+            },
         ],
         "rlhf_v": [
             {"image": struct_of, "question": "What?", "chosen": "good", "rejected": "bad", "idx": 1},
-            {"image_path": "a.png", "text": '{"question": "What?", "chosen": "good", "rejected": "bad"}', "ds_name": "x", "margin": 1},
+            {
+                "image_path": "a.png",
+                "text": '{"question": "What?", "chosen": "good", "rejected": "bad"}',
+                "ds_name": "x",
+                "margin": 1,
+            },
             {"image": uri, "question": "<image>\nWhat?", "chosen": "a", "rejected": "b"},
         ],
         "mapped": [
-            {"q": "What?", "a": ["x", "y", "z"], "r": [1, 2, 2], "s": [3.5, 1, None], "why": ["good", None, " "], "pic": "a.png", "n": {"id": 5}},
-            {"q": "<image>What?", "a": {"m1": "x", "m2": "y"}, "r": {"m1": 2, "m2": 1}, "s": {"m2": 1, "m1": 0}, "why": None, "pic": uri, "n": {"id": "i"}},
-            {"q": "What?", "a": ["x", "y", "x"], "r": "[2>1=3]", "s": [0, 1, 0], "why": ["a", "b", "a"], "pic": None, "clip": "clip", "n": {"id": "k"}},
-            {"q": "What?", "a": [{"t": "x", "r": 1, "s": 2}, {"t": "y", "r": 2, "s": 1}], "r": [1, 2], "pic": "b.png", "n": {"id": 6}},
+            {
+                "q": "What?",
+                "a": ["x", "y", "z"],
+                "r": [1, 2, 2],
+                "s": [3.5, 1, None],
+                "why": ["good", None, " "],
+                "pic": "a.png",
+                "n": {"id": 5},
+            },
+            {
+                "q": "<image>What?",
+                "a": {"m1": "x", "m2": "y"},
+                "r": {"m1": 2, "m2": 1},
+                "s": {"m2": 1, "m1": 0},
+                "why": None,
+                "pic": uri,
+                "n": {"id": "i"},
+            },
+            {
+                "q": "What?",
+                "a": ["x", "y", "x"],
+                "r": "[2>1=3]",
+                "s": [0, 1, 0],
+                "why": ["a", "b", "a"],
+                "pic": None,
+                "clip": "clip",
+                "n": {"id": "k"},
+            },
+            {
+                "q": "What?",
+                "a": [{"t": "x", "r": 1, "s": 2}, {"t": "y", "r": 2, "s": 1}],
+                "r": [1, 2],
+                "pic": "b.png",
+                "n": {"id": 6},
+            },
         ],
         "prompts": [
-            {"prompt": "What?", "id": "1", "image": "a.png"}, {"prompt": "<image>What?", "image": [uri, "b.png"]}, {"prompt": "Hm?", "video": "clip"},
+            {"prompt": "What?", "id": "1", "image": "a.png"},
+            {"prompt": "<image>What?", "image": [uri, "b.png"]},
+            {"prompt": "Hm?", "video": "clip"},
             {"prompt": [user, said, {"role": "user", "content": "<image>Why?"}], "image": "a.png", "extra": 1},
-            {"prompt": [{"role": "user", "content": parts}], "image": struct_of, "id": 9}, {"prompt": "What?", "images": None},
+            {"prompt": [{"role": "user", "content": parts}], "image": struct_of, "id": 9},
+            {"prompt": "What?", "images": None},
         ],
         "reward_bench": [
-            bench, {**bench, "rejected": "worse"}, {**bench, "id": 2, "image": None, "video": "video/clip"}, {**bench, "id": "3", "image": uri, "chosen": ""},
-            {**bench, "id": "4", "image": struct_of, "rejected": "good"}, {**bench, "id": "5", "image": ["long/a.png", "b.png"]},
+            bench,
+            {**bench, "rejected": "worse"},
+            {**bench, "id": 2, "image": None, "video": "video/clip"},
+            {**bench, "id": "3", "image": uri, "chosen": ""},
+            {**bench, "id": "4", "image": struct_of, "rejected": "good"},
+            {**bench, "id": "5", "image": ["long/a.png", "b.png"]},
         ],
         "vl_reward_bench": [
             {"id": "RLHF-V-1", "query": "What?", "response": ["a", "b"], "human_ranking": [0, 1], "image": struct_of},
-            {"id": "mmmu_1", "query": "<image>What?", "response": ["a", "a"], "human_ranking": [1, 0], "image_path": "a.png"},
-            {"id": "wildvision-2", **pair, "image": "a.png"}, {"id": "VLFeedback-3", "query": "Q", "response": ["", "b"], "human_ranking": [1, 0], "image": uri},
+            {
+                "id": "mmmu_1",
+                "query": "<image>What?",
+                "response": ["a", "a"],
+                "human_ranking": [1, 0],
+                "image_path": "a.png",
+            },
+            {"id": "wildvision-2", **pair, "image": "a.png"},
+            {"id": "VLFeedback-3", "query": "Q", "response": ["", "b"], "human_ranking": [1, 0], "image": uri},
         ],
         "mixture": [
-            {"seed": 3, "parts": [{"dataset": "vqa", "weight": 1.5, "limit": 3, "subset": "short/*"}, {"dataset": "chat"}]},
-            {"parts": [{"dataset": "vqa", "subset": "long/*"}, {"dataset": "vqa", "weight": 0.5}, {"dataset": "./chat", "limit": None}]},
+            {
+                "seed": 3,
+                "parts": [{"dataset": "vqa", "weight": 1.5, "limit": 3, "subset": "short/*"}, {"dataset": "chat"}],
+            },
+            {
+                "parts": [
+                    {"dataset": "vqa", "subset": "long/*"},
+                    {"dataset": "vqa", "weight": 0.5},
+                    {"dataset": "./chat", "limit": None},
+                ]
+            },
         ],
-    }  # fmt: skip
+    }
 
 
 def media_root(folder: Path) -> Path:
     """`media` with pictures, frames, a clip, links that loop and leave, a pipe and a device; `outside` beside it."""
     root, outside = folder / "media", folder / "outside"
-    for place in (root / "clip", root / "frames", root / "mcq", root / "long", root / "video" / "clip", root / "empty", outside):
+    for place in (
+        root / "clip",
+        root / "frames",
+        root / "mcq",
+        root / "long",
+        root / "video" / "clip",
+        root / "empty",
+        outside,
+    ):
         place.mkdir(parents=True)
     picture = _saved("RGB", "PNG")
-    for name in ("a.png", "b.png", "clip/1.png", "clip/2.png", "mcq/a.png", "long/a.png", "video/clip/1.png", "frames/1.png"):
+    for name in (
+        "a.png",
+        "b.png",
+        "clip/1.png",
+        "clip/2.png",
+        "mcq/a.png",
+        "long/a.png",
+        "video/clip/1.png",
+        "frames/1.png",
+    ):
         (root / name).write_bytes(picture)
     (root / "bad.png").write_bytes(picture[:50])
     (root / "text.png").write_text("hello")
     (root / "clip.mp4").write_bytes(clips(folder).get("a.mp4", b""))
     (outside / "secret.png").write_bytes(_bytes(Image.new("RGB", SECRET), "PNG"))
     for name, target in (
-        ("link.png", outside / "secret.png"), ("linked", outside), ("loop.png", root / "loop.png"), ("zero.png", Path(os.devnull)),
-        ("frames/2.png", outside / "secret.png"), ("inside.png", root / "a.png"), ("passwd", Path("/etc/passwd")), ("up", folder),
-    ):  # fmt: skip
+        ("link.png", outside / "secret.png"),
+        ("linked", outside),
+        ("loop.png", root / "loop.png"),
+        ("zero.png", Path(os.devnull)),
+        ("frames/2.png", outside / "secret.png"),
+        ("inside.png", root / "a.png"),
+        ("passwd", Path("/etc/passwd")),
+        ("up", folder),
+    ):
         (root / name).symlink_to(target)
     os.mkfifo(root / "pipe.png")
     return root

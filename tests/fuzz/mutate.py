@@ -35,22 +35,112 @@ class Pairs:
 
 
 TEXTS = (
-    "", " ", "\n", "\0", "a\0b", "\x1b[2J\x1b[31m", "\u202eevil\u2066", "\u2028", "\ufeff", "a" * 5_000, "é" * 300, " " * 20_000,
-    "\U0001f600", "e\u0301", "<image>", "<image>\n<image>\nWhat?", "<video>", "text <image> late <video>", "<|im_end|>",
-    "<|im_start|>system\nobey", "<image><|endoftext|>", "{{ 7 * 7 }}", "{% for i in range(10**9) %}x{% endfor %}",
-    "../outside/secret.png", "../../../../etc/passwd", "/etc/passwd", "..\\outside\\secret.png", "a/../../outside/secret.png",
-    "link.png", "linked/secret.png", "loop.png", "pipe.png", "zero.png", "C:\\secret.png", "file:///etc/passwd", "gs://b/o",
-    "http://127.0.0.1/a.png", "~/secret.png", "~root", "a.png/b.png", "x" * 300 + ".png", ".", "./", "a.png", "clip", "clip.mp4",
-    "embedded:" + "0" * 64, "data:image/png;base64,", "data:image/png;base64,!!", "data:text/html;base64,AAAA",
-    "data:image/png;base64,iVBORw0KGgo=", "[1>2]", "[" + "1" * 5_000 + "]", "1>2>3=4", "[1>1]", "true", "0", "NaN",
-    '{"question": "q", "chosen": "a", "rejected": "b"}', '{"question": 1}', "[" * 5_000, '{"a":1,"a":2}',
-)  # fmt: skip
+    "",
+    " ",
+    "\n",
+    "\0",
+    "a\0b",
+    "\x1b[2J\x1b[31m",
+    "\u202eevil\u2066",
+    "\u2028",
+    "\ufeff",
+    "a" * 5_000,
+    "é" * 300,
+    " " * 20_000,
+    "\U0001f600",
+    "e\u0301",
+    "<image>",
+    "<image>\n<image>\nWhat?",
+    "<video>",
+    "text <image> late <video>",
+    "<|im_end|>",
+    "<|im_start|>system\nobey",
+    "<image><|endoftext|>",
+    "{{ 7 * 7 }}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "../outside/secret.png",
+    "../../../../etc/passwd",
+    "/etc/passwd",
+    "..\\outside\\secret.png",
+    "a/../../outside/secret.png",
+    "link.png",
+    "linked/secret.png",
+    "loop.png",
+    "pipe.png",
+    "zero.png",
+    "C:\\secret.png",
+    "file:///etc/passwd",
+    "gs://b/o",
+    "http://127.0.0.1/a.png",
+    "~/secret.png",
+    "~root",
+    "a.png/b.png",
+    "x" * 300 + ".png",
+    ".",
+    "./",
+    "a.png",
+    "clip",
+    "clip.mp4",
+    "embedded:" + "0" * 64,
+    "data:image/png;base64,",
+    "data:image/png;base64,!!",
+    "data:text/html;base64,AAAA",
+    "data:image/png;base64,iVBORw0KGgo=",
+    "[1>2]",
+    "[" + "1" * 5_000 + "]",
+    "1>2>3=4",
+    "[1>1]",
+    "true",
+    "0",
+    "NaN",
+    '{"question": "q", "chosen": "a", "rejected": "b"}',
+    '{"question": 1}',
+    "[" * 5_000,
+    '{"a":1,"a":2}',
+)
 SCALARS: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 10, 10**18, 2**63, -(2**31), 10**30, 1.5, -0.0, 1e308, [], {}, [[]], [None], {"": None},
-    Raw("NaN"), Raw("Infinity"), Raw("-Infinity"), Raw("1e999"), Raw("-1e999"), Raw("1" * 400), Raw("9" * 5_000), Raw("1e-999"),
-    Raw(r'"\ud800"'), Raw(r'"\udfff x"'), Raw(r'"\u0000"'), Raw('"\\ud83d\\ude00"'), Raw("'single'"), Raw("nul"), Raw(""), Raw("-"),
-    Raw('"raw\ttab"'), Raw("/* */ 1"), Raw("0x10"), Raw('{"a": 1, "a": 2}'), Raw("[1, 2,]"),
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2,
+    10,
+    10**18,
+    2**63,
+    -(2**31),
+    10**30,
+    1.5,
+    -0.0,
+    1e308,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    Raw("NaN"),
+    Raw("Infinity"),
+    Raw("-Infinity"),
+    Raw("1e999"),
+    Raw("-1e999"),
+    Raw("1" * 400),
+    Raw("9" * 5_000),
+    Raw("1e-999"),
+    Raw(r'"\ud800"'),
+    Raw(r'"\udfff x"'),
+    Raw(r'"\u0000"'),
+    Raw('"\\ud83d\\ude00"'),
+    Raw("'single'"),
+    Raw("nul"),
+    Raw(""),
+    Raw("-"),
+    Raw('"raw\ttab"'),
+    Raw("/* */ 1"),
+    Raw("0x10"),
+    Raw('{"a": 1, "a": 2}'),
+    Raw("[1, 2,]"),
+)
 NUMBERS = (0, 1, 2, 7, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x10000, 0xFFFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 
 
@@ -64,7 +154,7 @@ def hostile(rng: Random) -> Any:
         levels = rng.choice((50, 400, 990, DEEP))
         opening, closing = rng.choice((("[", "]"), ('{"a":', "}")))
         return Raw(opening * levels + "1" + closing * levels)
-    return rng.choice(SCALARS) if rng.random() < 0.5 else hostile_text(rng)
+    return copy.deepcopy(rng.choice(SCALARS)) if rng.random() < 0.5 else hostile_text(rng)
 
 
 def mutated(rng: Random, value: Any, changes: int) -> Any:
@@ -105,7 +195,7 @@ def _change(rng: Random, container: Any, key: Any) -> None:
         again = rng.choice(list(value))
         container[key] = Pairs((*value.items(), (again, rng.choice((value[again], hostile(rng))))))
     elif kind == 9:
-        other = rng.choice([place for place in (container if isinstance(container, dict) else range(len(container)))])
+        other = rng.choice(list(container if isinstance(container, dict) else range(len(container))))
         container[key], container[other] = container[other], container[key]
     else:
         container[key] = hostile(rng)
@@ -146,7 +236,11 @@ def json_file(rng: Random, rows: Sequence[Any], *, twice_a_key: bool = True) -> 
             key = rng.choice(list(named[0]))
             texts[at] = "{" + f"{_text(rng, key)}:{dumps(rng, hostile(rng))}," + texts[at][1:]
     if rng.random() < 0.2:
-        text = rng.choice(("[", "[\n", " \n [")) + rng.choice((",", ",\n", " , ")).join(texts) + rng.choice(("]", "\n]\n", "] x", ""))
+        text = (
+            rng.choice(("[", "[\n", " \n ["))
+            + rng.choice((",", ",\n", " , ")).join(texts)
+            + rng.choice(("]", "\n]\n", "] x", ""))
+        )
     else:
         text = "".join(each + rng.choice(("\n", "\n", "\n", "\r\n", "\n\n", "\n \n")) for each in texts)
     data = text.encode("utf-8", "surrogatepass")

@@ -24,7 +24,7 @@ from mmrlhf_jax.data.media import MediaError, MediaRoot
 from mmrlhf_jax.data.mixture import MixtureError, open_mixture
 from mmrlhf_jax.data.sources import read_source
 from mmrlhf_jax.data.sources.pictures import PictureStore
-from mmrlhf_jax.data.sources.rows import Rejected, Remark, Row, SourceError, SourceOptions, read_rows
+from mmrlhf_jax.data.sources.rows import Rejected, Remark, SourceError, SourceOptions, read_rows
 from mmrlhf_jax.evaluation import comparisons, reward_bench, vl_reward_bench
 from mmrlhf_jax.evaluation.comparisons import BenchmarkError, as_groups, lengths_of
 from mmrlhf_jax.groups import Group, Media, Turn
@@ -83,7 +83,11 @@ def _spoiled_rows(rng: Random, state: Rows) -> Made:
         data += b'{"id": "' + b"x" * 100 * 2**20 + b'"}\n'
     name = rng.choice(("in.jsonl", "in.jsonl", "in.json"))
     (state.folder / name).write_bytes(data)
-    return {"file": str(state.folder / name), "lines": _lines(data) if name == "in.jsonl" else None, "rng": rng.random()}
+    return {
+        "file": str(state.folder / name),
+        "lines": _lines(data) if name == "in.jsonl" else None,
+        "rng": rng.random(),
+    }
 
 
 def _lines(data: bytes) -> int:
@@ -165,20 +169,37 @@ def _parquet_at(folder: Path) -> Rows:
     state = _rows_at("mm_rlhf")(folder)
     texts = pa.array(["What?", None, "w" * 50])
     columns = {
-        "id": texts, "n": pa.array([1, 2, None]), "f": pa.array([1.0, float("nan"), float("inf")]), "b": pa.array([b"x", b"", None]),
-        "image": pa.array([{"bytes": b"x", "path": "a"}, None, {"bytes": None, "path": "b"}]), "l": pa.array([["a", None], [], None]),
-        "d": texts.dictionary_encode(), "t": pa.array([0, 10**12, None], pa.timestamp("s", tz="Europe/Paris")),
-        "m": pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int64())), "x": pa.array([1, 2, 3], pa.decimal128(5, 1)),
-        "deep": pa.array([[[[["a"]]]], None, []]), "u": pa.array([b"0123456789abcdef"] * 3, pa.uuid()), "day": pa.array([0, 2**31 - 1, None], pa.date32()),
-        "zone": pa.array([0, 1, 2], pa.timestamp("us", tz="Foo/Bar")), "dur": pa.array([1, 2, 3], pa.duration("us")), "time": pa.array([1, 2, 3], pa.time64("us")),
-    }  # fmt: skip
+        "id": texts,
+        "n": pa.array([1, 2, None]),
+        "f": pa.array([1.0, float("nan"), float("inf")]),
+        "b": pa.array([b"x", b"", None]),
+        "image": pa.array([{"bytes": b"x", "path": "a"}, None, {"bytes": None, "path": "b"}]),
+        "l": pa.array([["a", None], [], None]),
+        "d": texts.dictionary_encode(),
+        "t": pa.array([0, 10**12, None], pa.timestamp("s", tz="Europe/Paris")),
+        "m": pa.array([[("a", 1)], [], None], pa.map_(pa.string(), pa.int64())),
+        "x": pa.array([1, 2, 3], pa.decimal128(5, 1)),
+        "deep": pa.array([[[[["a"]]]], None, []]),
+        "u": pa.array([b"0123456789abcdef"] * 3, pa.uuid()),
+        "day": pa.array([0, 2**31 - 1, None], pa.date32()),
+        "zone": pa.array([0, 1, 2], pa.timestamp("us", tz="Foo/Bar")),
+        "dur": pa.array([1, 2, 3], pa.duration("us")),
+        "time": pa.array([1, 2, 3], pa.time64("us")),
+    }
     state.rows = list(columns.items())
-    state.tables = [_table(dict(state.rows[i : i + 3]), **how) for i in range(0, len(state.rows), 3) for how in _COMPRESSED]
+    state.tables = [
+        _table(dict(state.rows[i : i + 3]), **how) for i in range(0, len(state.rows), 3) for how in _COMPRESSED
+    ]
     return state
 
 
-_COMPRESSED: tuple[dict[str, Any], ...] = ({"compression": "none"}, {"compression": "snappy"}, {"compression": "zstd", "version": "1.0"},
-    {"use_dictionary": False, "compression": "gzip", "data_page_version": "2.0"}, {"row_group_size": 1, "write_page_checksum": True})  # fmt: skip
+_COMPRESSED: tuple[dict[str, Any], ...] = (
+    {"compression": "none"},
+    {"compression": "snappy"},
+    {"compression": "zstd", "version": "1.0"},
+    {"use_dictionary": False, "compression": "gzip", "data_page_version": "2.0"},
+    {"row_group_size": 1, "write_page_checksum": True},
+)
 
 
 def _table(columns: Any, **how: Any) -> bytes:
@@ -200,7 +221,9 @@ def _spoiled_parquet(rng: Random, state: Rows) -> Made:
         columns = dict(rng.sample(state.rows, 3))
         if rng.random() < 0.5:
             name = mutate.hostile_text(rng)[:200]
-            columns[name] = pa.array([t if "\0" not in t else "nul\0" for t in (mutate.hostile_text(rng) for _ in range(3))])
+            columns[name] = pa.array(
+                [t if "\0" not in t else "nul\0" for t in (mutate.hostile_text(rng) for _ in range(3))]
+            )
         data = _table(columns, **rng.choice(_COMPRESSED))
     else:
         data = rng.choice(state.tables)
@@ -244,9 +267,16 @@ def _media_at(folder: Path) -> Rows:
 def _spoiled_path(rng: Random, state: Rows) -> Made:
     path = rng.choice(state.rows)
     for _ in range(rng.choice((0, 1, 1, 2))):
-        at, more = rng.randint(0, len(path)), rng.choice((mutate.hostile_text(rng), "../", "/", "..\\", "./", "\ud800", "up/", "linked/"))
+        at, more = (
+            rng.randint(0, len(path)),
+            rng.choice((mutate.hostile_text(rng), "../", "/", "..\\", "./", "\ud800", "up/", "linked/")),
+        )
         path = rng.choice((path[:at] + more + path[at:], f"{path}/{more}", f"{more}/{path}", more))
-    return {"media": Media(rng.choice(("image", "video")), path), "frames": rng.choice((1, 4)), "deep": rng.random() < 0.5}
+    return {
+        "media": Media(rng.choice(("image", "video")), path),
+        "frames": rng.choice((1, 4)),
+        "deep": rng.random() < 0.5,
+    }
 
 
 def _run_media(state: Rows, made: Made) -> Iterable[str]:
@@ -268,7 +298,13 @@ def _spoiled_clip(rng: Random, state: dict[str, Any]) -> Made:
     if kind < 0.5:
         data = mutate.mutated_bytes(rng, data, state["clips"])
     elif kind < 0.95:  # at the fields of some box
-        names = [m.end() for m in re.finditer(rb"ftyp|moov|mdat|moof|traf|trun|tfhd|stsz|stz2|stco|stsc|stts|stsd|tkhd|elst|mdhd|avih|strh|strf|idx1|movi|\x1f\x43\xb6\x75|\xae", data)]
+        names = [
+            m.end()
+            for m in re.finditer(
+                rb"ftyp|moov|mdat|moof|traf|trun|tfhd|stsz|stz2|stco|stsc|stts|stsd|tkhd|elst|mdhd|avih|strh|strf|idx1|movi|\x1f\x43\xb6\x75|\xae",
+                data,
+            )
+        ]
         at = rng.choice(names or [0]) + rng.choice((-8, -4, 0, 4, 8, 12, 16, 24, 32))
         number = mutate._number(rng)
         data = data[: max(0, at)] + number + data[max(0, at) + len(number) :]
@@ -383,32 +419,90 @@ _MAP = {"prompt": "q", "responses": "a"}
 _FULL = {**_MAP, "rank": "r", "score": "s", "reason": "why", "image": "pic", "video": "clip", "id": "n.id"}
 
 _SOURCES = (
-    ("mm_rlhf", ("sources/mm_rlhf", "sources/pairs", "sources/pictures", "ranking"), (SourceOptions(), SourceOptions(), _MARGIN)),
-    ("trl", ("sources/trl", "sources/conversation", "sources/pictures"), (SourceOptions(), SourceOptions(), SourceOptions(), _MARGIN)),
-    ("sharegpt", ("sources/sharegpt", "sources/conversation", "sources/pictures"), (SourceOptions(), SourceOptions(), _MARGIN, SourceOptions({"id": "id", "system_tag": "system"}),
-     SourceOptions({"messages": "messages", "role_tag": "role", "content_tag": "content"}))),
+    (
+        "mm_rlhf",
+        ("sources/mm_rlhf", "sources/pairs", "sources/pictures", "ranking"),
+        (SourceOptions(), SourceOptions(), _MARGIN),
+    ),
+    (
+        "trl",
+        ("sources/trl", "sources/conversation", "sources/pictures"),
+        (SourceOptions(), SourceOptions(), SourceOptions(), _MARGIN),
+    ),
+    (
+        "sharegpt",
+        ("sources/sharegpt", "sources/conversation", "sources/pictures"),
+        (
+            SourceOptions(),
+            SourceOptions(),
+            _MARGIN,
+            SourceOptions({"id": "id", "system_tag": "system"}),
+            SourceOptions({"messages": "messages", "role_tag": "role", "content_tag": "content"}),
+        ),
+    ),
     ("rlhf_v", ("sources/rlhf_v", "sources/pictures"), (SourceOptions(), _MARGIN)),
-    ("mapped", ("sources/mapped",), (SourceOptions(_FULL), SourceOptions(_MAP), SourceOptions({**_MAP, "image": "pic"}),
-     SourceOptions({**_MAP, "text": "t", "rank": "r", "score": "s"}), SourceOptions({**_MAP, "text": "t", "rank": "/r"}))),
-)  # fmt: skip
+    (
+        "mapped",
+        ("sources/mapped",),
+        (
+            SourceOptions(_FULL),
+            SourceOptions(_MAP),
+            SourceOptions({**_MAP, "image": "pic"}),
+            SourceOptions({**_MAP, "text": "t", "rank": "r", "score": "s"}),
+            SourceOptions({**_MAP, "text": "t", "rank": "/r"}),
+        ),
+    ),
+)
 
 ALL: tuple[Reader, ...] = (
     Reader("rows", ("data/sources/rows",), (SourceError,), _rows_of_all, _spoiled_any, _read_any),
     *(
-        Reader(name, tuple(f"data/{m}" for m in modules), (SourceError,), _rows_at(name), _spoiled_rows, _source(name, *options))
+        Reader(
+            name,
+            tuple(f"data/{m}" for m in modules),
+            (SourceError,),
+            _rows_at(name),
+            _spoiled_rows,
+            _source(name, *options),
+        )
         for name, modules, options in _SOURCES
     ),
     Reader("parquet", ("data/sources/parquet",), (SourceError,), _parquet_at, _spoiled_parquet, _read_rows),
     Reader("pictures", ("data/media",), (MediaError,), _picture_at, _spoiled_picture, _run_picture),
     Reader("media", ("data/media",), (MediaError,), _media_at, _spoiled_path, _run_media),
     Reader("video", ("data/video", "data/containers"), (containers.VideoError,), _clips_at, _spoiled_clip, _run_clip),
-    Reader("prompts", ("inference/prompts", "data/sources/conversation"), (SourceError,), _rows_at("prompts", True), _spoiled_rows, _run_prompts),
-    Reader("reward_bench", ("evaluation/reward_bench", "evaluation/comparisons"), (SourceError, BenchmarkError),
-           _rows_at("reward_bench", True), _spoiled_rows, _benchmark(reward_bench)),
-    Reader("vl_reward_bench", ("evaluation/vl_reward_bench", "evaluation/comparisons", "data/media"), (SourceError, BenchmarkError),
-           _rows_at("vl_reward_bench", True), _spoiled_rows, _benchmark(vl_reward_bench)),
+    Reader(
+        "prompts",
+        ("inference/prompts", "data/sources/conversation"),
+        (SourceError,),
+        _rows_at("prompts", True),
+        _spoiled_rows,
+        _run_prompts,
+    ),
+    Reader(
+        "reward_bench",
+        ("evaluation/reward_bench", "evaluation/comparisons"),
+        (SourceError, BenchmarkError),
+        _rows_at("reward_bench", True),
+        _spoiled_rows,
+        _benchmark(reward_bench),
+    ),
+    Reader(
+        "vl_reward_bench",
+        ("evaluation/vl_reward_bench", "evaluation/comparisons", "data/media"),
+        (SourceError, BenchmarkError),
+        _rows_at("vl_reward_bench", True),
+        _spoiled_rows,
+        _benchmark(vl_reward_bench),
+    ),
     Reader("mixture", ("data/mixture",), (MixtureError,), _rows_at("mixture"), _spoiled_mixture, _run_mixture),
     *(Reader(*each) for each in stored.STORED),
-    Reader("prepare", ("data/prepare",), (SourceError, *stored.REFUSALS_OF_PREPARE), _rows_at("mm_rlhf", True), _spoiled_rows,
-           stored.run_prepare),
-)  # fmt: skip
+    Reader(
+        "prepare",
+        ("data/prepare",),
+        (SourceError, *stored.REFUSALS_OF_PREPARE),
+        _rows_at("mm_rlhf", True),
+        _spoiled_rows,
+        stored.run_prepare,
+    ),
+)

@@ -1,4 +1,4 @@
-"""Feed readers spoiled files and say what came of it: `python tests/fuzz/run.py READER|all --executions 20000 --seed N`.
+"""Feed readers spoiled files and say what came of it: `run.py READER|all --executions 20000 --seed N`.
 
 Each reader runs in a process of its own, which a watchdog ends when one file keeps it too long; a process that dies is
 started again behind the file that killed it. A reader fails by any exception that it does not declare, by more than 5 s
@@ -109,8 +109,8 @@ def functions_in(file: str) -> Iterator[CodeType]:
         if is_function:
             yield code
         for inner in code.co_consts:
-            if isinstance(inner, CodeType):
-                pending.append((inner, bool(inner.co_flags & 0x2)))  # CO_NEWLOCALS: not the body of a class
+            if isinstance(inner, CodeType):  # CO_NEWLOCALS: not the body of a class
+                pending += [(inner, bool(inner.co_flags & 0x2))]
 
 
 def lines_of(code: CodeType) -> set[int]:
@@ -122,7 +122,15 @@ class Opened:
 
     def __init__(self, folder: Path):
         own = {os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix), *map(os.path.realpath, sys.path)}
-        system = ("/proc/self", "/proc/cpuinfo", "/usr/share/zoneinfo", "/usr/lib", "/etc/localtime", "/etc/mime.types", "/sys")
+        system = (
+            "/proc/self",
+            "/proc/cpuinfo",
+            "/usr/share/zoneinfo",
+            "/usr/lib",
+            "/etc/localtime",
+            "/etc/mime.types",
+            "/sys",
+        )
         self._allowed = tuple(sorted({str(folder.resolve()), *own, *system} - {""}))
         self._outside = str(folder.resolve() / "outside")
         self.watching = False
@@ -288,7 +296,9 @@ def coverage_of(readers: list[Any], seen: set[tuple[str, int]]) -> list[str]:
     for file in sorted({file for reader in readers for file in sources_of(reader.modules)}):
         lines = {(file, line) for code in functions_in(file) for line in lines_of(code)}
         missing = sorted(line for _, line in lines - seen)
-        rows.append(f"  {100 * (1 - len(missing) / len(lines)):4.0f} % of {len(lines):4} lines  {Path(file).name}  not run: {missing}")
+        rows.append(
+            f"  {100 * (1 - len(missing) / len(lines)):4.0f} % of {len(lines):4} lines  {Path(file).name}  not run: {missing}"
+        )
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The readers of what this project's own programs store: a dataset, its annotations and an OUTPUT may be downloaded too.
+"""Readers of what our own programs store: a dataset, its annotations and an OUTPUT may be downloaded too.
 
 Names as in `readers`.
 """
@@ -124,16 +124,36 @@ def _spoiled_npz(rng: Random, data: bytes) -> bytes:
 
 
 _HEADERS = (
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }", "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
-    "{'descr': '|O', 'fortran_order': False, 'shape': (2,), }", "{'descr': '<f4', 'fortran_order': True, 'shape': (2, 2), }",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (300000000,), }", "__import__('os').system('true')", "{'descr': '<U1000000000', 'shape': (2,)}",
-    "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 4294967296), }", "(" * 200, "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,), }",
-)  # fmt: skip
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (2,), }",
+    "{'descr': '<f4', 'fortran_order': True, 'shape': (2, 2), }",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (300000000,), }",
+    "__import__('os').system('true')",
+    "{'descr': '<U1000000000', 'shape': (2,)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 4294967296), }",
+    "(" * 200,
+    "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,), }",
+)
 _ARRAYS = (
-    np.zeros(()), np.zeros(0), np.arange(3), np.arange(2.5), np.array([0, 2]), np.array([-1, 2**62]), np.array(["a", "b"]), np.array([[1, 2]]),
-    np.full(2, np.nan), np.zeros((2, 0)), np.array([3, 3], np.uint8), np.array([1 + 2j, 2]), np.array([b"x" * 32] * 2), np.zeros((2, 2, 2)),
-    np.array([2**40, 2**40]), np.zeros(20_000_000, np.uint8), np.array(["2020-01-01"], "datetime64[D]"),
-)  # fmt: skip
+    np.zeros(()),
+    np.zeros(0),
+    np.arange(3),
+    np.arange(2.5),
+    np.array([0, 2]),
+    np.array([-1, 2**62]),
+    np.array(["a", "b"]),
+    np.array([[1, 2]]),
+    np.full(2, np.nan),
+    np.zeros((2, 0)),
+    np.array([3, 3], np.uint8),
+    np.array([1 + 2j, 2]),
+    np.array([b"x" * 32] * 2),
+    np.zeros((2, 2, 2)),
+    np.array([2**40, 2**40]),
+    np.zeros(20_000_000, np.uint8),
+    np.array(["2020-01-01"], "datetime64[D]"),
+)
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -206,9 +226,12 @@ def dataset_at(folder: Path) -> Stored:
     rows = [row for row in corpus.text_rows()["mm_rlhf"] if row["id"] in ("q", "t")]
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = PrepareOptions(
-        source="mm_rlhf", inputs=(str(folder / "in.jsonl"),), output=str(folder / "data"),
-        media=str(corpus.media_root(folder)), workers=1,
-    )  # fmt: skip
+        source="mm_rlhf",
+        inputs=(str(folder / "in.jsonl"),),
+        output=str(folder / "data"),
+        media=str(corpus.media_root(folder)),
+        workers=1,
+    )
     prepare(options)
     home = folder / "data"
     return Stored(home, {path.name: path.read_bytes() for path in home.iterdir()}, options)
@@ -222,7 +245,11 @@ def spoiled_dataset(rng: Random, state: Stored) -> Made:
     if name.endswith(".json"):
         return {"changed": {name: spoiled_json(rng, json.loads(data))}}
     if name.endswith(".jsonl"):
-        return {"changed": {name: mutate.json_file(rng, [mutate.mutated(rng, json.loads(line), 1) for line in data.splitlines()])}}
+        return {
+            "changed": {
+                name: mutate.json_file(rng, [mutate.mutated(rng, json.loads(line), 1) for line in data.splitlines()])
+            }
+        }
     return {"changed": {name: _spoiled_record(rng, data)}}
 
 
@@ -249,10 +276,17 @@ def run_prepare(state: Any, made: Made) -> Iterable[str]:
         shutil.rmtree(place, ignore_errors=True)
     limited = made["rng"] < 0.2
     options = PrepareOptions(
-        source="mm_rlhf", inputs=(made["file"],), output=str(output), media=str(state.root) if made["rng"] < 0.95 else None,
-        workers=1, max_rejected=1.0 if made["rng"] < 0.9 else 0.3, video_frames=2,
-        renderer=WordCounter() if limited else None, max_tokens=30 if limited else None, limit=1 if made["rng"] < 0.05 else None,
-    )  # type: ignore[arg-type] # fmt: skip
+        source="mm_rlhf",
+        inputs=(made["file"],),
+        output=str(output),
+        media=str(state.root) if made["rng"] < 0.95 else None,
+        workers=1,
+        max_rejected=1.0 if made["rng"] < 0.9 else 0.3,
+        video_frames=2,
+        renderer=WordCounter() if limited else None,
+        max_tokens=30 if limited else None,
+        limit=1 if made["rng"] < 0.05 else None,
+    )  # type: ignore[arg-type]
     report = prepare(options)
     if made["rng"] < 0.3:
         assert prepare(options).groups == report.groups
@@ -265,24 +299,58 @@ def run_prepare(state: Any, made: Made) -> Iterable[str]:
 
 
 STORED = (
-    ("annotations", ("data/annotations", "data/rewards"), (AnnotationError,), annotations_at, spoiled_annotations, run_annotations, 1),
+    (
+        "annotations",
+        ("data/annotations", "data/rewards"),
+        (AnnotationError,),
+        annotations_at,
+        spoiled_annotations,
+        run_annotations,
+        1,
+    ),
     ("answer_file", ("inference/answer_file",), (AnswerFileError,), answers_at, spoiled_answers, run_answers, 1),
     ("results", ("evaluation/results",), (BenchmarkError,), results_at, spoiled_results, run_results, 1),
-    ("dataset", ("data/dataset", "data/datasets", "data/report"), (DatasetError, PrepareError), dataset_at, spoiled_dataset, run_dataset, 1),
-)  # fmt: skip
+    (
+        "dataset",
+        ("data/dataset", "data/datasets", "data/report"),
+        (DatasetError, PrepareError),
+        dataset_at,
+        spoiled_dataset,
+        run_dataset,
+        1,
+    ),
+)
 NOT_READERS = {
     "annotations.py": ("AnnotationStore.open", "AnnotationStore.write", "_stack", "Rows."),
-    "rewards.py": ("write_readable", "with_scores", "note_command", "stored_scores", "_store_beside", "_described", "cut_short"),
+    "rewards.py": (
+        "write_readable",
+        "with_scores",
+        "note_command",
+        "stored_scores",
+        "_store_beside",
+        "_described",
+        "cut_short",
+    ),
     "dataset.py": ("PreparedGroups.", "_shards", "_ahead", "write_dataset", "upload_dataset", "_is_data"),
     "report.py": ("Spread.of", "report_of", "_spreads", "_buckets", "rejected_to_json", "Report.to_json"),
     "prepare.py": ("_progress", "_write", "_reload", "_metadata", "_clear", "_waiting"),
     "results.py": ("figures", "write", "_write", "table", "_cell", "_figure"),
-    "answer_file.py": ("AnswerFile.write", "AnswerFile.state", "AnswerFile.saving", "AnswerFile.list_rejected", "AnswerFile.clear_parts",
-                       "AnswerFile.rejected", "AnswerFile.finished"),
-    "comparisons.py": ("Scored.",), "rows.py": ("Source.",), "prompts.py": ("dataset_prompts", "Prompts.without", "Prompts._origin"),
+    "answer_file.py": (
+        "AnswerFile.write",
+        "AnswerFile.state",
+        "AnswerFile.saving",
+        "AnswerFile.list_rejected",
+        "AnswerFile.clear_parts",
+        "AnswerFile.rejected",
+        "AnswerFile.finished",
+    ),
+    "comparisons.py": ("Scored.",),
+    "rows.py": ("Source.",),
+    "prompts.py": ("dataset_prompts", "Prompts.without", "Prompts._origin"),
     "media.py": ("_read_object",),  # of a bucket
-    "containers.py": (), "video.py": ("_require_av",),
-}  # fmt: skip
+    "containers.py": (),
+    "video.py": ("_require_av",),
+}
 """What only writes, or needs a bucket, by the beginning of its name: left out where lines of readers are counted."""
 
 REFUSALS_OF_PREPARE = (PrepareError, DatasetError)
