@@ -296,9 +296,8 @@ def coverage_of(readers: list[Any], seen: set[tuple[str, int]]) -> list[str]:
     for file in sorted({file for reader in readers for file in sources_of(reader.modules)}):
         lines = {(file, line) for code in functions_in(file) for line in lines_of(code)}
         missing = sorted(line for _, line in lines - seen)
-        rows.append(
-            f"  {100 * (1 - len(missing) / len(lines)):4.0f} % of {len(lines):4} lines  {Path(file).name}  not run: {missing}"
-        )
+        share = 100 * (1 - len(missing) / len(lines))
+        rows.append(f"  {share:4.0f} % of {len(lines):4} lines  {Path(file).name}  not run: {missing}")
     return rows
 
 
