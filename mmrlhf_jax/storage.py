@@ -66,7 +66,10 @@ def to_path(path: PathLike) -> epath.Path:
     """
     if is_remote(path):
         _file_system(path)
-    return epath.Path(path)
+    try:
+        return epath.Path(path)
+    except KeyError as error:  # epath: protocol not known
+        raise StorageError(f"{os.fspath(path)} is neither a local path nor gs://") from error
 
 
 def read_bytes(path: PathLike, limit: int) -> bytes:

@@ -172,28 +172,57 @@ def find(dataset_path: str | os.PathLike[str], kind: str) -> tuple[AnnotationSto
 
 def _read_key(directory: epath.Path) -> dict[str, Any]:
     try:
-        return json.loads((directory / "key.json").read_text())
-    except ValueError as error:
+        key = json.loads((directory / "key.json").read_text())
+        if not isinstance(key, dict):
+            raise ValueError("no object")
+    except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{directory}/key.json is damaged: delete the directory and annotate again") from error
+    return key
 
 
 def _read_part(path: epath.Path) -> dict[str, Any]:
     """`rows`, `hashes` and, under each name, the values cut into rows."""
+    data = path.read_bytes()
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as members:
-            part: dict[str, Any] = dict(members)
+        part = _members(data)
         names = [member.removesuffix(".values") for member in part if member.endswith(".values")]
-        count = len(part["rows"])
-        if part["hashes"].shape != (count,) or not names:
+        if not names:
             raise ValueError("members missing")
+        count = len(_whole_numbers(part["rows"]))
+        if part["hashes"].shape != (count,) or part["hashes"].dtype != np.dtype("V32"):
+            raise ValueError("hashes do not fit the rows")
         for name in names:
-            ends = np.cumsum(part[f"{name}.lengths"])
-            if len(ends) != count or ends[-1] != len(part[f"{name}.values"]):
+            values, lengths = part[f"{name}.values"], _whole_numbers(part[f"{name}.lengths"])
+            if (
+                values.dtype.kind not in "biuf"
+                or values.ndim == 0
+                or len(lengths) != count
+                or sum(lengths) != len(values)
+            ):
                 raise ValueError(f"{name} does not fit its rows")
-            part[name] = np.split(part[f"{name}.values"], ends[:-1])
-    except (ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile) as error:
-        raise AnnotationError(f"{path} is damaged ({error}): delete it, its rows are computed again") from error
+            part[name] = np.split(values, np.cumsum(lengths)[:-1])
+    except Exception as error:  # numpy and zipfile raise a dozen types on damaged files
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise AnnotationError(f"{path} is damaged ({said}): delete it, its rows are computed again") from error
     return part
+
+
+def _members(data: bytes) -> dict[str, Any]:
+    """The arrays in a part. They stand in it as they are, so none can be larger than the file."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise ValueError("compressed, which no part is")
+        if len({member.filename for member in members}) < len(members):
+            raise ValueError("a member stands in it twice")
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _whole_numbers(array: np.ndarray) -> list[int]:
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array) or array.min() < 0:
+        raise ValueError("rows or lengths are no list of whole numbers from 0 on")
+    return array.tolist()
 
 
 def _stack(name: str, values: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,8 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +39,17 @@ SHARD_BYTES = 256 * 2**20  # also what the writer holds in memory
 SCAN_ROWS = 1024
 INFO_FILE = "dataset_info.json"  # what TFDS knows a dataset by, hence the last one uploaded
 UPLOADING = ".uploading"  # an object that stands beside half a dataset
+
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's own
+_FEATURES = tuple(
+    f"tensorflow_datasets.core.features.{name}"
+    for name in (
+        "features_dict.FeaturesDict",
+        "sequence_feature.Sequence",
+        "tensor_feature.Tensor",
+        "text_feature.Text",
+    )
+)
 
 Example = dict[str, Any]
 
@@ -148,7 +161,68 @@ def read_metadata(directory: epath.Path) -> dict[str, Any] | None:
     """What `write_dataset` stored as metadata, or None where `directory` is no TFDS dataset."""
     if not (directory / INFO_FILE).exists():
         return None
-    return dict(tfds.builder_from_directory(directory).info.metadata or {})
+    with _whole(directory):
+        _check_description(directory)
+        return dict(tfds.builder_from_directory(directory).info.metadata or {})
+
+
+@contextlib.contextmanager
+def _whole(path: str | epath.Path, row: str = "") -> Iterator[None]:
+    """Names the dataset in whatever TFDS, ArrayRecord and protobuf raise on damaged files, which is a dozen types."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DatasetError(f"{path}{row} is damaged ({said}): copy it again, or prepare it again") from error
+
+
+def _check_description(directory: epath.Path) -> None:
+    """TFDS imports the module that a feature names, opens the files that a template names, and reads other formats with
+    TensorFlow: a dataset from elsewhere may name only what this program writes.
+
+    Raises:
+        ValueError, KeyError, TypeError: it names something else.
+    """
+    info = json.loads((directory / INFO_FILE).read_text())
+    if info["fileFormat"] != "array_record" or info.get("alternativeFileFormats"):
+        raise ValueError(f"its files are {str(info['fileFormat'])[:40]!r}, not 'array_record'")
+    for split in info["splits"]:
+        if (template := split["filepathTemplate"]) != _TEMPLATE:
+            raise ValueError(f"a split has files named {str(template)[:80]!r}")
+    pending = [json.loads((directory / "features.json").read_text())]
+    while pending:
+        feature = pending.pop()
+        if isinstance(feature, dict):
+            named = feature.get("pythonClassName", _FEATURES[0])
+            if named not in _FEATURES or "python_class_name" in feature:
+                raise ValueError(f"a feature of the class {str(named)[:80]!r}")
+            pending += feature.values()
+        elif isinstance(feature, list):
+            raise ValueError("a list among its features")
+
+
+def _group_of(record: bytes) -> Group:
+    """The group that a record holds. Raises ValueError, KeyError, TypeError: it is none."""
+    group = Group.from_json(record.decode())
+    texts = [group.id, *(turn.text for turn in group.prompt), *(response.text for response in group.responses)]
+    texts += [text for media in group.media for text in (media.path, media.sha256)]
+    numbers = [response.score for response in group.responses] + [pair.margin for pair in group.pairs]
+    places = [place for pair in group.pairs for place in (pair.chosen, pair.rejected)]
+    counts = [response.rank for response in group.responses] + [turn.media for turn in group.prompt] + places
+    counts += [side for media in group.media for size in media.sizes for side in size]
+    if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
+        raise TypeError("a text or a number is none")
+    if not all(number is None or math.isfinite(number) for number in numbers):
+        raise ValueError("a score or margin is not finite")
+    if not all(0 <= place < len(group.responses) for place in places) or min(counts, default=0) < 0:
+        raise ValueError("a pair of responses that are not there")
+    if any(turn.role not in ("system", "user", "assistant") for turn in group.prompt):
+        raise ValueError("a turn of nobody")
+    if any(media.kind not in ("image", "video") for media in group.media):
+        raise ValueError("media of no kind")
+    return group
 
 
 def upload_dataset(directory: epath.Path, target: epath.Path) -> None:
@@ -181,8 +255,10 @@ class PreparedDataset:
             )
         self.fingerprint: str = metadata["fingerprint"]
         self._splits: dict[str, Any] = {}
-        self._length = len(self._split("groups"))
-        if len(self._split("media")) != self._length:
+        groups, media = self._split("groups"), self._split("media")
+        with _whole(path):
+            self._length, pictures = len(groups), len(media)
+        if pictures != self._length:
             raise DatasetError(f"{path} has unequal splits: it is damaged, prepare it again")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -193,14 +269,18 @@ class PreparedDataset:
 
     def group(self, row: int) -> Group:
         """Row `row` without picture bytes."""
-        return Group.from_json(self._split("groups")[self._checked(row)]["record"].decode())
+        split = self._split("groups")
+        with _whole(self.path, f" row {self._checked(row)}"):
+            return _group_of(split[row]["record"])
 
     def groups(self) -> Iterator[Group]:
         """All rows in order, without picture bytes."""
         for start in range(0, self._length, SCAN_ROWS):
             rows = list(range(start, min(start + SCAN_ROWS, self._length)))
-            for example in self._split("groups").__getitems__(rows):
-                yield Group.from_json(example["record"].decode())
+            split = self._split("groups")
+            with _whole(self.path, f" row {start} or one after it"):
+                read = [_group_of(example["record"]) for example in split.__getitems__(rows)]
+            yield from read
 
     def with_media(self, row: int) -> Group:
         """Row `row` with the encoded bytes of every picture and frame.
@@ -209,7 +289,9 @@ class PreparedDataset:
             DatasetError: the bytes are not those the group was prepared with.
         """
         group = self.group(row)
-        encoded = [bytes(data) for data in self._split("media")[row]["encoded"]]
+        split = self._split("media")
+        with _whole(self.path, f" row {row}"):
+            encoded = [bytes(data) for data in split[row]["encoded"]]
         if len(encoded) != sum(len(media.sizes) for media in group.media):
             raise DatasetError(f"{self.path} row {row}: pictures are missing; it is damaged, prepare it again")
         remaining, filled = iter(encoded), []
@@ -231,5 +313,6 @@ class PreparedDataset:
 
     def _split(self, name: str) -> Any:
         if name not in self._splits:
-            self._splits[name] = tfds.builder_from_directory(self._files).as_data_source(name)
+            with _whole(self.path):
+                self._splits[name] = tfds.builder_from_directory(self._files).as_data_source(name)
         return self._splits[name]

@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -28,6 +30,14 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 MAX_PIXELS = 89_478_485  # where Pillow itself begins to speak of decompression bombs: 256 MiB as RGB
 MAX_FILE_BYTES = 256 * 2**20
 MAX_FRAMES = 512
+MAX_MEDIA_BYTES = 512 * 2**20  # encoded, of the frames in one directory and of a group: they are held together
+MAX_JPEG_SCANS = 100  # an encoder writes about ten; each may touch all pixels and take but a few bytes
+LARGE_PIXELS = 2**24  # from here on one picture is decoded at a time: decoded and converted, it takes 12 bytes a pixel
+
+_large = threading.Lock()
+_JPEG_MARKER = re.compile(
+    rb"\xff([^\x00\xff\xd0-\xd7])"
+)  # in entropy-coded data, where ff is followed by 00 or restarts
 
 # EXIF orientation -> how to turn the stored pixels (CIPA DC-008, tag 0x0112); 1 is upright.
 _TRANSPOSE = {
@@ -61,10 +71,11 @@ def decode(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     image = _open(encoded, max_pixels)
     orientation = _orientation(image)
     try:
-        image.load()
-        if orientation in _TRANSPOSE:
-            image = image.transpose(_TRANSPOSE[orientation])
-        return _rgb(image)
+        with _large if image.width * image.height > LARGE_PIXELS else contextlib.nullcontext():
+            image.load()
+            if orientation in _TRANSPOSE:
+                image = image.transpose(_TRANSPOSE[orientation])
+            return _rgb(image)
     except MediaError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged files
@@ -99,13 +110,17 @@ class MediaRoot:
             MediaError: absolute, `..`, through a symlink that leaves the root, or missing.
         """
         parts = PurePosixPath(relative.replace("\\", "/")).parts
-        if not parts or "\0" in relative or "://" in relative:
+        if not parts or "\0" in relative or "://" in relative or not _is_unicode(relative):
             raise MediaError(f"{relative!r} is not a path relative to the media root: correct the row")
         if parts[0] == "/" or ".." in parts or parts[0].endswith(":"):
             raise MediaError(f"{relative!r} leaves the media root: name a path relative to {self.path}, without '..'")
         path = epath.Path(self.path).joinpath(*PurePosixPath(relative).parts)
         self.check_inside(path, relative)
-        if not path.exists():
+        try:
+            there = path.exists()
+        except OSError as error:  # a name too long, a directory that may not be entered
+            raise MediaError(f"{relative[:200]!r} cannot be looked for ({error.strerror}): correct the row") from error
+        if not there:
             raise MediaError(f"{relative!r} is not under the media root {self.path}: add the file or correct --media")
         return path
 
@@ -138,7 +153,7 @@ def read_media(media: Media, root: MediaRoot) -> Media:
         names = _frame_names(path, media.path, root.max_frames)
         for name in names:
             root.check_inside(path / name, f"{media.path}/{name}")
-        encoded = tuple(_read_file(path / name, f"{media.path}/{name}") for name in names)
+        encoded = tuple(_read_frames(path, names, media.path))
     sizes = []
     for index, data in enumerate(encoded):
         with _naming(media, index):
@@ -187,6 +202,16 @@ def _read_file(path: epath.Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise MediaError(f"{name!r} cannot be read ({_one_line(error)}): check its permissions") from error
+
+
+def _read_frames(path: epath.Path, names: list[str], name: str) -> Iterator[bytes]:
+    total = 0
+    for frame in names:
+        data = _read_file(path / frame, f"{name}/{frame}")
+        total += len(data)
+        if total > MAX_MEDIA_BYTES:
+            raise MediaError(f"{name!r} has frames of more than {MAX_MEDIA_BYTES} bytes: shrink or thin them")
+        yield data
 
 
 def _read_object(path: epath.Path, name: str) -> bytes:
@@ -251,7 +276,22 @@ def _open(encoded: bytes, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise MediaError(f"picture has {width}x{height} pixels, more than {max_pixels}: shrink the picture")
+    if encoded.startswith(b"\xff\xd8") and (scans := _jpeg_scans(encoded)) > MAX_JPEG_SCANS:
+        raise MediaError(f"picture has {scans} or more scans, more than {MAX_JPEG_SCANS}: re-save the picture")
     return image
+
+
+def _jpeg_scans(encoded: bytes) -> int:
+    """How many scans a JPEG has (ITU-T T.81, B.1), counted no further than is refused."""
+    at, scans = 2, 0
+    while scans <= MAX_JPEG_SCANS and (found := _JPEG_MARKER.search(encoded, at)) is not None:
+        at, marker = found.end(), found[1][0]
+        if marker == 0xD9:  # end of image; what follows is no part of it
+            break
+        if marker not in (0x01, 0xD8):  # all others state their length
+            scans += marker == 0xDA
+            at += max(2, int.from_bytes(encoded[at : at + 2]))
+    return scans
 
 
 def _orientation(image: Image.Image) -> int:
@@ -275,6 +315,14 @@ def _rgb(image: Image.Image) -> np.ndarray:
         raise MediaError(f"picture has {image.mode!r} pixels of unknown range (32 bits): save it with 8 or 16 bits")
     image.info.pop("transparency", None)  # Pillow warns about it, then drops it
     return np.asarray(image.convert("RGB"))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate names no file
+        return False
+    return True
 
 
 def _one_line(error: BaseException) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.groups import Group
 
@@ -169,7 +170,7 @@ def _check_keys(where: str, raw: Any, *, needed: Sequence[str], known: Sequence[
 def _part(where: str, raw: Any) -> Part:
     _check_keys(where, raw, needed=("dataset",), known=("dataset", "weight", "limit", "subset"))
     part = Part(**raw)
-    if not isinstance(part.dataset, str) or not part.dataset:
+    if not isinstance(part.dataset, str) or not part.dataset or not _is_name(part.dataset):
         raise MixtureError(f"{where}: dataset {part.dataset!r} is not a path")
     where = f"{where} ({part.dataset})"
     number = isinstance(part.weight, int | float) and not isinstance(part.weight, bool)
@@ -180,6 +181,14 @@ def _part(where: str, raw: Any) -> Part:
     if part.subset is not None and (not isinstance(part.subset, str) or not part.subset):
         raise MixtureError(f"{where}: subset {part.subset!r} is neither null nor a glob")
     return Part(part.dataset, float(part.weight), part.limit, part.subset)
+
+
+def _is_name(text: str) -> bool:
+    """Whether a file can have it: no NUL, no lone surrogate."""
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_whole(value: Any) -> bool:
@@ -194,9 +203,9 @@ def _resolved(path: str, dataset: str) -> str:
 
 
 def _open(path: str, part: Part, where: str, open_part: Callable[[str], PreparedDataset]) -> PreparedDataset:
-    if epath.Path(where).is_file():
-        raise MixtureError(f"{path}: part {part.dataset!r} is a file; a part is a dataset made by launch/prepare.py")
     try:
+        if storage.to_path(where).is_file():
+            raise ValueError("it is a file; a part is a dataset made by launch/prepare.py")
         return open_part(where)
     except ValueError as error:
         raise MixtureError(f"{path}: part {part.dataset!r}: {error}") from error

@@ -30,7 +30,7 @@ from mmrlhf_jax.data.dataset import (
     upload_dataset,
     write_dataset,
 )
-from mmrlhf_jax.data.media import MAX_FRAMES, MediaError, MediaRoot, read_media, verify_media
+from mmrlhf_jax.data.media import MAX_FRAMES, MAX_MEDIA_BYTES, MediaError, MediaRoot, read_media, verify_media
 from mmrlhf_jax.data.report import Report, rejected_from_json, rejected_to_json, report_of
 from mmrlhf_jax.data.sources import read_source
 from mmrlhf_jax.data.sources.pictures import PictureStore, is_embedded
@@ -193,8 +193,14 @@ def _find_done(output: epath.Path, metadata: dict[str, Any]) -> Report | None:
             f"{output} was prepared from other inputs or options (fingerprint {found.get('fingerprint')}, this run is "
             f"{metadata['fingerprint']}; different: {changed}): choose another --output or remove it"
         )
-    rejected = rejected_from_json((output / REJECTED_FILE).read_text())
-    return Report.from_json((output / REPORT_FILE).read_text(), rejected)
+    try:
+        rejected = rejected_from_json((output / REJECTED_FILE).read_text())
+        report = Report.from_json((output / REPORT_FILE).read_text(), rejected)
+        report.lines(), report.rejected_share
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError) as error:
+        said = one_line(str(error))[:200]
+        raise DatasetError(f"a report in {output} is damaged ({said}): remove the directory and run again") from error
+    return report
 
 
 def _check_share(report: Report, options: PrepareOptions, output: epath.Path) -> None:
@@ -251,6 +257,9 @@ def _prove_media(sorting: _Sorting, options: PrepareOptions) -> dict[Media, int]
     kept = []
     for group in sorting.groups:
         reasons = [str(proven[media]) for media in group.media if media not in whole]
+        total = sum(whole[media].byte_count for media in group.media if media in whole)
+        if total > MAX_MEDIA_BYTES:
+            reasons.append(f"its pictures have {total} bytes, more than {MAX_MEDIA_BYTES}: shrink them")
         if reasons:
             sorting.reject(group, "; ".join(reasons))
         else:

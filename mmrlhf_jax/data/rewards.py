@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from mmrlhf_jax import storage
-from mmrlhf_jax.data.annotations import AnnotationStore, Rows, find
+from mmrlhf_jax.data.annotations import AnnotationError, AnnotationStore, Rows, find
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.datasets import Dataset
 from mmrlhf_jax.groups import Group
@@ -54,13 +54,17 @@ class GroupReward:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> GroupReward:
-        """Inverse of `arrays`."""
-        scores = arrays["score"]
-        ends = np.cumsum(arrays["critique_length"])
+        """Inverse of `arrays`. Raises ValueError, KeyError: they are not those of a reward."""
+        scores, lengths, ended = arrays["score"], arrays["critique_length"], arrays["ended"]
+        if scores.ndim != 2 or scores.dtype.kind != "f" or ended.shape != scores.shape or not scores.size:
+            raise ValueError("score is not f32 [K, n], or ended of another shape")
+        if len(lengths) != scores.size or lengths.min() < 0 or lengths.sum() != len(arrays["critique"]):
+            raise ValueError("critiques and their lengths do not fit")
+        ends = np.cumsum(lengths)
         texts = [part.tobytes().decode() for part in np.split(arrays["critique"], ends[:-1])]
         n = scores.shape[1]
         critiques = tuple(tuple(texts[k * n : (k + 1) * n]) for k in range(len(scores)))
-        return cls(scores, critiques, arrays["ended"])
+        return cls(scores, critiques, ended)
 
 
 def content_of(group: Group, critiques: str) -> str:
@@ -69,9 +73,19 @@ def content_of(group: Group, critiques: str) -> str:
 
 
 def read_rewards(store: AnnotationStore, dataset: Rows) -> dict[int, GroupReward]:
-    """All rows of a store. Raises AnnotationError where a group has changed since."""
-    stored = store.read(dataset, lambda group: content_of(group, store.key["critiques"]))
-    return {row: GroupReward.from_arrays(arrays) for row, arrays in stored.items()}
+    """All rows of a store. Raises AnnotationError where a group has changed since, or a row is no reward."""
+    if not isinstance(critiques := store.key.get("critiques"), str):
+        raise AnnotationError(f"{store.directory}/key.json does not say which critiques: it is no store of rewards")
+    stored = store.read(dataset, lambda group: content_of(group, critiques))
+    rewards = {}
+    for row, arrays in stored.items():
+        try:
+            rewards[row] = GroupReward.from_arrays(arrays)
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise AnnotationError(
+                f"{store.directory}: row {row} is no reward ({error}): delete its part, it is computed again"
+            ) from error
+    return rewards
 
 
 def cut_short(rewards: Iterable[GroupReward]) -> tuple[int, int]:
@@ -150,13 +164,25 @@ def note_command(store: AnnotationStore, model: str, command: str) -> None:
 
 
 def made_by(store: AnnotationStore) -> dict[str, str]:
-    """What `note_command` left: `model` and `command`; empty where it did not."""
+    """What `note_command` left: `model` and `command`; empty where it did not.
+
+    Raises:
+        AnnotationError: the file holds something else.
+    """
     file = store.directory / MADE_BY
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        noted = json.loads(file.read_text())
+        if not isinstance(noted, dict) or not all(isinstance(text, str) for text in noted.values()):
+            raise ValueError("no object of texts")
+    except (ValueError, RecursionError) as error:
+        raise AnnotationError(f"{file} is damaged ({error}): remove it, nothing depends on it") from error
+    return noted
 
 
 def _described(store: AnnotationStore) -> str:
-    key, sampling = store.key, store.key["sampling"] or {}
+    key, sampling = store.key, store.key.get("sampling") or {}
     drawn = ", ".join(f"{name} {value}" for name, value in sampling.items() if value or name == "temperature")
-    said = f"critiques {key['critiques']}, {key['samples']} samples" + (f" ({drawn})" if drawn else "")
-    return f"{said}, {key['dtype']}, model {made_by(store).get('model', key['model'][:12])}"
+    said = f"critiques {key.get('critiques')}, {key.get('samples')} samples" + (f" ({drawn})" if drawn else "")
+    return f"{said}, {key.get('dtype')}, model {made_by(store).get('model', str(key.get('model'))[:12])}"

@@ -20,6 +20,7 @@ whole.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import zipfile
@@ -242,7 +243,9 @@ def _one_line_errors() -> Iterator[None]:
     except VideoError:
         raise
     except Exception as error:  # FFmpeg and PyAV raise a dozen types on damaged files
-        if isinstance(error, OSError) and not isinstance(error, av.FFmpegError):
+        # FFmpeg asks a file for places that no file has where a damaged index names them
+        nowhere = isinstance(error, OSError) and error.errno == errno.EINVAL
+        if isinstance(error, OSError) and not isinstance(error, av.FFmpegError) and not nowhere:
             raise  # the file's own
         said = getattr(error, "strerror", None) or str(error)  # strerror leaves out the path on this machine
         reason = " ".join(said.split()) or type(error).__name__

@@ -65,7 +65,9 @@ def find_done(output: str, settings: Mapping[str, Any]) -> dict[str, Any] | None
     try:
         found = json.loads((directory / RESULTS).read_text())
         earlier = found["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+        if not isinstance(earlier, dict):
+            raise ValueError("settings are no object")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BenchmarkError(f"{directory / RESULTS} is not an evaluation's: choose another --output") from error
     # as JSON has them: tuples are lists there
     asked = json.loads(json.dumps(dict(settings)))

@@ -102,8 +102,11 @@ class AnswerFile:
         if not self.settings.exists():
             return None
         try:
-            return dict(json.loads(self.settings.read_text()))
-        except (ValueError, TypeError) as error:
+            stored = json.loads(self.settings.read_text())
+            if not isinstance(stored, dict):
+                raise ValueError("no object")
+            return stored
+        except (ValueError, RecursionError) as error:
             raise AnswerFileError(f"{self.settings} is damaged ({error}): remove it and {self.parts.name}") from error
 
     def list_rejected(self, rejected: tuple[Rejected, ...]) -> None:
@@ -191,7 +194,8 @@ def _read_part(path: epath.Path, unit: str) -> list[Record]:
         records = [json.loads(line) for line in path.read_bytes().decode().split("\n") if line]
         if not all(isinstance(record, dict) and isinstance(record.get(unit), int) for record in records):
             raise ValueError(f"a line without {unit!r}")
-    except ValueError as error:
+        _lines(records)  # a lone surrogate could not be written again
+    except (ValueError, RecursionError) as error:
         raise AnswerFileError(f"{path} is damaged ({error}): remove it, its lines are made again") from error
     return records
 

@@ -12,6 +12,7 @@ no response is preferred to another.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from mmrlhf_jax.data.ranking import pairs_of
 from mmrlhf_jax.data.sources.pictures import Store, media_of
 from mmrlhf_jax.data.sources.rows import (
+    MAX_RESPONSES,
     Item,
     MissingField,
     Rejected,
@@ -39,8 +41,10 @@ NEEDED = ("prompt", "responses")
 OF_RESPONSE = ("text", "rank", "score", "reason")
 TARGETS = (*NEEDED, "id", "image", "video", *OF_RESPONSE)
 
-_RANK_STRING = re.compile(r"\s*\[?\s*(\d+(?:\s*[>=]\s*\d+)*)\s*\]?\s*")
+_RANK_STRING = re.compile(r"\[?\s*(\d+(?:\s*[>=]\s*\d+)*)\s*\]?")
+_MAX_RANK_STRING = 8 * MAX_RESPONSES  # characters: positions of three digits, their signs and spaces
 _MISSING = object()
+_MAX_PATHS, _MAX_PATH_DEPTH = 40, 4  # of a row, shown to who has to correct --map
 
 
 def read(files: Sequence[str], options: SourceOptions) -> Iterator[Item]:
@@ -162,7 +166,8 @@ def _responses(raw: Any, found: Mapping[str, Any]) -> list[Response]:
     texts = found["text"] if "text" in found else list(raw.values()) if isinstance(raw, dict) else raw
     if not isinstance(texts, list) or not texts:
         raise RowError("responses is not a list (or object) of at least one response")
-    count = len(texts)
+    if (count := len(texts)) > MAX_RESPONSES:
+        raise RowError(f"{count} responses, more than {MAX_RESPONSES}: keep fewer")
     ranks = _ranks(found["rank"], count) if "rank" in found else [0] * count
     scores, reasons = (_parallel(found.get(target), count, target) for target in ("score", "reason"))
     return [
@@ -195,7 +200,7 @@ def _ranks(value: Any, count: int) -> list[int]:
 
 
 def _ranks_of_string(text: str, count: int) -> list[int]:
-    match = _RANK_STRING.fullmatch(text)
+    match = _RANK_STRING.fullmatch(text.strip()) if len(text) <= _MAX_RANK_STRING else None
     if match is None:
         raise RowError(f"rank {text[:80]!r} is not of the form [1>2=3>4]")
     levels = [[int(position) for position in level.split("=")] for level in match[1].split(">")]
@@ -216,11 +221,12 @@ def _merge(responses: list[Response]) -> list[Response]:
 
 
 def _paths(fields: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names a user may map, objects and the first of a list of objects opened."""
+    """Names a user may map, objects and the first of a list of objects opened; at most `_MAX_PATHS`."""
     names: list[str] = []
-    for key, value in fields.items():
+    for key, value in itertools.islice(fields.items(), _MAX_PATHS):
+        key = key[:80]
         inner = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else value
         names.append(prefix + key)
-        if isinstance(inner, dict):
+        if isinstance(inner, dict) and prefix.count(".") < _MAX_PATH_DEPTH:
             names += _paths(inner, f"{prefix}{key}[]." if inner is not value else f"{prefix}{key}.")
-    return names
+    return names[:_MAX_PATHS]

@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mmrlhf_jax.data.ranking import Preference, RankingCycle, weak_order
-from mmrlhf_jax.data.sources.rows import Item, Rejected, Remark, Row, RowError, SourceError, number_of, read_rows
+from mmrlhf_jax.data.sources.rows import (
+    MAX_RESPONSES,
+    Item,
+    Rejected,
+    Remark,
+    Row,
+    RowError,
+    SourceError,
+    number_of,
+    read_rows,
+)
 from mmrlhf_jax.groups import Group, Media, Origin, Pair, Response, Turn
 
 
@@ -121,7 +131,7 @@ def check_different(chosen: str, rejected: str) -> None:
 
 
 def _group(rows: list[PairRow], tally: _Tally) -> Iterator[Item]:
-    """One group, or its rows rejected together where they contradict each other."""
+    """One group, or its rows rejected together where they contradict each other or are too many."""
     kept: dict[tuple[tuple[str, ...], bool], PairRow] = {}
     duplicates: list[Rejected] = []
     for row in rows:
@@ -137,6 +147,10 @@ def _group(rows: list[PairRow], tally: _Tally) -> Iterator[Item]:
     yield from duplicates
     rows = list(kept.values())
     index = {text: i for i, text in enumerate(dict.fromkeys(text for row in rows for text in row.texts))}
+    if len(index) > MAX_RESPONSES:
+        reason = f"its prompt has {len(index)} responses, more than {MAX_RESPONSES}"
+        yield from (Rejected(row.origin, reason) for row in rows)
+        return
     preferences = [
         Preference(index[r.chosen], index[r.rejected], r.origin, r.tie) for r in rows if r.rejected is not None
     ]

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 BATCH_BYTES = 32 * 2**20  # about what is held at once, by the sizes the file states
-BATCH_ROWS = 128  # even where it states none: a dictionary may say little and hold much
+BATCH_ROWS = 128
+DICTIONARY_BYTES = 512 * 2**20  # at most, of a batch whose rows all point at the largest value there can be
 
 
 class ParquetError(ValueError):
@@ -41,14 +42,19 @@ def parquet_rows(stream: BinaryIO) -> Iterator[dict[str, Any] | str]:
                 for number in range(batch.num_rows):
                     read += 1
                     yield _row(batch.slice(number, 1))
-    except (pa.ArrowException, OSError) as error:
+    except ParquetError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:  # names that are no text, and such
         where = f"after row {read}: " if read else ""
         raise ParquetError(f"{where}not a whole parquet file ({' '.join(str(error).split())[:200]})") from error
 
 
 def _batch_rows(group: Any) -> int:
     each = max(1, group.total_byte_size // max(1, group.num_rows))
-    return max(1, min(BATCH_ROWS, BATCH_BYTES // each))
+    columns = [group.column(number) for number in range(group.num_columns)]
+    # one value may fill a dictionary, and every row point at it
+    largest = max(1, sum(c.total_uncompressed_size for c in columns if c.has_dictionary_page))
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // each, DICTIONARY_BYTES // largest))
 
 
 def _row(one: Any) -> dict[str, Any] | str:
@@ -56,5 +62,6 @@ def _row(one: Any) -> dict[str, Any] | str:
         return one.to_pylist()[0]
     except UnicodeDecodeError as error:
         return f"not UTF-8 at byte {error.start} of a text"
-    except (ValueError, OverflowError) as error:  # structs with the same name twice, dates outside Python's calendar
+    except (ValueError, OverflowError, KeyError, RecursionError) as error:
+        # structs with the same name twice, dates outside Python's calendar, time zones that are not there
         return f"cannot be read: {error}"

@@ -24,7 +24,7 @@ from typing import Any
 from etils import epath
 
 from mmrlhf_jax.data.media import MAX_FILE_BYTES
-from mmrlhf_jax.data.sources.rows import RowError, text_of
+from mmrlhf_jax.data.sources.rows import MAX_MEDIA, RowError, text_of
 from mmrlhf_jax.groups import Media
 
 EMBEDDED = "embedded:"  # Media.path of a picture that stood in a row: this and the sha256 of its bytes
@@ -67,19 +67,29 @@ def media_of(image: Any, video: Any, store: Store | None) -> tuple[Media, ...]:
     pictures = image if isinstance(image, list) else [image]
     if not pictures:
         raise RowError("'image' is an empty list: name a picture or leave it out")
+    _check_count(pictures, "'image'")
     return tuple(picture_of(picture, "'image'", store) for picture in pictures)
 
 
 def pictures_of(value: Any, where: str, store: Store | None) -> tuple[Media, ...]:
     """A list of pictures, or one; null and an empty list are none."""
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(picture_of(each, where, store) for each in values)
+    return tuple(picture_of(each, where, store) for each in _listed(value, where))
 
 
 def videos_of(value: Any, where: str) -> tuple[Media, ...]:
     """A list of videos, or one; null and an empty list are none."""
+    return tuple(video_of(each, where) for each in _listed(value, where))
+
+
+def _listed(value: Any, where: str) -> list[Any]:
     values = value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(video_of(each, where) for each in values)
+    _check_count(values, where)
+    return values
+
+
+def _check_count(values: list[Any], where: str) -> None:
+    if len(values) > MAX_MEDIA:
+        raise RowError(f"{where} lists {len(values)}, more than {MAX_MEDIA}: no model takes so many")
 
 
 def video_of(value: Any, where: str) -> Media:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
@@ -14,7 +15,14 @@ from mmrlhf_jax.data.sources.parquet import ParquetError, parquet_rows
 from mmrlhf_jax.groups import Group, Media, Origin
 
 MAX_ROW_BYTES = 64 * 2**20
+MAX_ROW_VALUES = 2_000_000  # in one row: each takes up to 350 bytes as Python's, of five in the file
+MAX_DEPTH = 100  # lists and objects in each other: within every recursion limit, and more than any format has
+MAX_REASON = 1_000  # characters: rows quote themselves in reasons, and a row may be a name of 60 MB
+MAX_RESPONSES = 256  # of one prompt: K (K - 1) / 2 pairs are written out
+MAX_MEDIA = 256  # of one row: each is read, held and stored, however often it is named
 
+_CHUNK = 2**20  # characters of a JSON array that are read at a time
+_SPACE = re.compile(r"[ \t\r\n]*")
 _MARKER = re.compile(r"<image>\n?")
 
 
@@ -32,11 +40,18 @@ class MissingField(RowError):
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """One row that became part of no group. A `duplicate` adds nothing and is not held against the file."""
+    """One row that became part of no group. A `duplicate` adds nothing and is not held against the file.
+
+    A `reason` over `MAX_REASON` characters is shortened.
+    """
 
     origin: Origin
     reason: str
     duplicate: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.reason) > MAX_REASON:
+            object.__setattr__(self, "reason", f"{self.reason[: MAX_REASON - 4]} ...")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +111,7 @@ def read_rows(files: Sequence[str]) -> Iterator[Row | Rejected]:
 
 
 def _first_byte(stream: BinaryIO) -> bytes:
-    head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
     stream.seek(0)
     return head[:1]
 
@@ -118,6 +133,8 @@ def _line_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
 
 
 def _parse(origin: Origin, line: bytes) -> Row | Rejected:
+    if _values(line) > MAX_ROW_VALUES:
+        return Rejected(origin, f"row has over {MAX_ROW_VALUES} values or commas: large arrays belong in files")
     try:
         return Row(origin, _object(_DECODER.decode(line.decode("utf-8"))))
     except UnicodeDecodeError as error:
@@ -130,33 +147,95 @@ def _parse(origin: Origin, line: bytes) -> Row | Rejected:
         return Rejected(origin, str(error))
 
 
+def _values(row: bytes | str) -> int:
+    """An upper bound on the values in a row's text."""
+    if len(row) <= MAX_ROW_VALUES:
+        return 0
+    marks = (b",", b"[", b"{") if isinstance(row, bytes) else (",", "[", "{")
+    return sum(map(row.count, marks))  # type: ignore[arg-type]
+
+
 def _array_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
-    try:
-        text = stream.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{file} is not UTF-8 at byte {error.start}: re-save it as UTF-8") from error
-    at = _skip(text, text.index("[") + 1)
-    line, counted = 1, 0
-    plain = json.JSONDecoder()
-    while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
-        origin = Origin(file, line)
+    text = _ArrayText(file, stream)
+    found = text.after_space(past="[")
+    while found != "]":
+        origin = Origin(file, text.line)
         try:
-            _, end = plain.raw_decode(text, at)
-            after = _skip(text, end)
-            if not text.startswith((",", "]"), after):
-                raise json.JSONDecodeError("expected ',' or ']'", text, after)
+            row = text.value()
+            if (found := text.after_space()) not in (",", "]"):
+                raise RowError("expected ',' or ']'")
         except (ValueError, RecursionError) as error:
+            if isinstance(error, SourceError):
+                raise
+            said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             raise SourceError(
-                f"{origin}: broken JSON array ({error}); save the rows as JSON lines, where one bad row costs one row"
+                f"{origin}: broken JSON array ({said:.200}); save the rows as JSON lines, where one bad row costs one "
+                "row"
             ) from error
-        if end - at > MAX_ROW_BYTES:
-            yield Rejected(origin, f"row is over {MAX_ROW_BYTES} bytes: large pictures belong in files")
-        else:
-            yield _parse(origin, text[at:end].encode("utf-8", "surrogatepass"))
-        at = _skip(text, after + 1) if text.startswith(",", after) else after
-    if _skip(text, at + 1) != len(text):
+        yield _parse(origin, row.encode("utf-8", "surrogatepass"))
+        if found == ",":
+            found = text.after_space(past=",")
+    if text.after_space(past="]"):
         raise SourceError(f"{file}: text after the JSON array; save the rows as JSON lines")
+
+
+class _ArrayText:
+    """The text of a JSON array, of which a row and what was read along with it are held."""
+
+    def __init__(self, file: str, stream: BinaryIO):
+        self._file, self._stream = file, stream
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self._text, self._at, self._line, self._ended, self._bytes = "", 0, 1, False, 0
+
+    @property
+    def line(self) -> int:
+        """That of the next character, from 1."""
+        return self._line + self._text.count("\n", 0, self._at)
+
+    def after_space(self, past: str = "") -> str:
+        """The next character that is no space, which stays the next one; first past an expected one. "" at the end."""
+        if past:
+            self.after_space()
+            self._at += 1
+        while True:
+            self._at = _SPACE.match(self._text, self._at).end()  # type: ignore[union-attr]
+            if self._at < len(self._text) or not self._read():
+                return self._text[self._at : self._at + 1]
+
+    def value(self) -> str:
+        """The text of the next JSON value. Raises ValueError, RecursionError: there is none."""
+        decoder = json.JSONDecoder()
+        while True:
+            held = len(self._text) - self._at
+            if _values(self._text) > 2 * MAX_ROW_VALUES:  # those of the rows behind it are counted too
+                raise RowError(f"a row of over {MAX_ROW_VALUES} values or commas")
+            try:
+                _, end = decoder.raw_decode(self._text, self._at)
+            except ValueError:
+                if held > MAX_ROW_BYTES:
+                    raise RowError(f"a row of over {MAX_ROW_BYTES} bytes, or a text without an end") from None
+                if not self._read():
+                    raise
+                continue
+            if end < len(self._text) or not self._read():  # what ends with the text read so far may go on, as 1 and 15
+                value, self._at = self._text[self._at : end], end
+                return value
+
+    def _read(self) -> bool:
+        """Read as much again as is held; whether there was more."""
+        if self._ended:
+            return False
+        self._line = self.line
+        self._text, self._at = self._text[self._at :], 0
+        data = self._stream.read(max(_CHUNK, len(self._text)))
+        self._ended = not data
+        try:
+            self._text += self._decoder.decode(data, final=self._ended)
+        except UnicodeDecodeError as error:
+            where = self._bytes + error.start
+            raise SourceError(f"{self._file} is not UTF-8 near byte {where}: re-save it as UTF-8") from error
+        self._bytes += len(data)
+        return True
 
 
 def _parquet_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
@@ -166,9 +245,10 @@ def _parquet_rows(file: str, stream: BinaryIO) -> Iterator[Row | Rejected]:
             try:
                 if isinstance(fields, str):
                     raise RowError(fields)
-                if _characters(fields) > MAX_ROW_BYTES:
+                checked = _object(fields)
+                if _characters(checked) > MAX_ROW_BYTES:
                     raise RowError(f"texts of the row are over {MAX_ROW_BYTES} characters")
-                yield Row(origin, _object(fields))
+                yield Row(origin, checked)
             except RowError as error:
                 yield Rejected(origin, str(error))
     except ParquetError as error:
@@ -179,15 +259,9 @@ def _characters(value: Any) -> int:
     """Of all texts in it; bytes are pictures, which have a bound of their own."""
     if isinstance(value, dict):
         return sum(map(_characters, value.values()))
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return sum(map(_characters, value))
     return len(value) if isinstance(value, str) else 0
-
-
-def _skip(text: str, at: int) -> int:
-    while text.startswith((" ", "\t", "\r", "\n"), at):
-        at += 1
-    return at
 
 
 def parse_object(text: str) -> dict[str, Any]:
@@ -196,17 +270,26 @@ def parse_object(text: str) -> dict[str, Any]:
     Raises:
         RowError, json.JSONDecodeError: it is none.
     """
+    if _values(text) > MAX_ROW_VALUES:
+        raise RowError(f"over {MAX_ROW_VALUES} values or commas")
     try:
         return _object(_DECODER.decode(text))
     except RecursionError:
         raise RowError("nested too deeply") from None
+    except (RowError, json.JSONDecodeError):
+        raise
+    except ValueError as error:  # a number of more digits than Python turns into one
+        raise RowError(str(error)) from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RowError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise RowError(f"key {key[:80]!r} appears twice")
+            seen.add(key)
     return fields
 
 
@@ -224,22 +307,27 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _check_strings(value: Any, at: str = "") -> None:
+def _check_strings(value: Any, at: tuple[str, ...] = ()) -> None:
+    """`at` are the keys that lead to the value, each list's an empty one; they become text only where it is needed."""
     if isinstance(value, str):
         if "\0" in value:
-            raise RowError(f"NUL character in {at or 'a key'}")
+            raise RowError(f"NUL character in {_named(at)}")
         if not value.isascii():
             try:
                 value.encode("utf-8")
             except UnicodeEncodeError:
-                raise RowError(f"lone surrogate in {at or 'a key'}") from None
-    elif isinstance(value, dict):
-        for key, inner in value.items():
+                raise RowError(f"lone surrogate in {_named(at)}") from None
+    elif isinstance(value, dict | list | tuple):
+        if len(at) >= MAX_DEPTH:
+            raise RowError(f"nested over {MAX_DEPTH} deep in {_named(at)}")
+        for key, inner in value.items() if isinstance(value, dict) else (("", inner) for inner in value):
             _check_strings(key)
-            _check_strings(inner, f"{at}.{key}" if at else key)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_strings(inner, at)
+            if isinstance(inner, str | dict | list | tuple):
+                _check_strings(inner, (*at, key))
+
+
+def _named(at: tuple[str, ...]) -> str:
+    return ".".join(key[:80] for key in at if key) or "a key"
 
 
 # Fields, checked. `where` is the name shown to the user.
