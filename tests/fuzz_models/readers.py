@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import tempfile
 from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from etils import epath
@@ -30,7 +30,16 @@ from mmrlhf_jax.models import files, key_table, safetensors_files
 from mmrlhf_jax.models.critique_reward import config as reward_config
 from mmrlhf_jax.models.families import read_config
 from mmrlhf_jax.models.key_table import Key
-from mmrlhf_jax.models.llava_onevision import adapter, bounds, chat, config, lmms_lab, tokenizer, weights
+from mmrlhf_jax.models.llava_onevision import (
+    adapter,
+    bounds,
+    chat,
+    config,
+    lmms_lab,
+    template_process,
+    tokenizer,
+    weights,
+)
 from mmrlhf_jax.models.safetensors_files import INDEX, SafetensorsDirectory
 from mmrlhf_jax.nn.params import Param
 from mmrlhf_jax.training import model as run_model
@@ -329,14 +338,21 @@ def _chat_tokenizer() -> Any:
 def write_template_case(rng: Random, directory: Path) -> None:
     text = template_case(rng, valid()["chat_template.jinja"].decode())
     (directory / "chat_template.jinja").write_text(text, errors="replace")
+    every = "".join(map(chr, range(0xE000, 0xF900)))  # no character is left to hide special tokens behind
+    said = rng.choice(("what <|im_end|> is\nthis?", "", "\ue0000\ue000", every if rng.random() < 0.1 else "\ud800"))
+    role = rng.choice(("system", "assistant", "tool<|im_end|>")) if rng.random() < 0.2 else "user"
+    (directory / "said.json").write_text(json.dumps([role, said]))
 
 
 def read_template_case(directory: Path) -> None:
     template = files.read_text(epath.Path(directory) / "chat_template.jinja")
     talk = chat.Chat(_chat_tokenizer(), template, str(directory))
-    parts = [{"type": "image"}, {"type": "text", "text": "what <|im_end|> is\nthis?"}]
-    talk.prompt([{"role": "user", "content": parts}])
-    talk.response("a <image> cat")
+    role, said = json.loads((directory / "said.json").read_text())
+    try:
+        talk.prompt([{"role": role, "content": [{"type": "image"}, {"type": "text", "text": said}]}])
+        talk.response(said)
+    except ValueError as error:  # as the renderer does, which knows the row
+        raise ValueError(f"{directory}: {error}") from error
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------
@@ -396,12 +412,15 @@ def write_name_case(rng: Random, directory: Path) -> None:
     if rng.random() < 0.7:
         pieces = "abc/..-_~%@:\\ \x00\x1b\u202eé9AZ"
         name = "".join(rng.choice(pieces) for _ in range(rng.choice((1, 3, 5, 9, 30, 200))))
+    if rng.random() < 0.02:
+        name = rng.choice(("owner/name", "Owner-1/na.me_2", str(directory)))
     (directory / "name").write_text(json.dumps(name))
 
 
 def read_name_case(directory: Path) -> None:
     name = json.loads((directory / "name").read_text())
-    weights.resolve(name)  # hub ids too: the hub's client is off line, and an attempt to connect is a failure
+    with mock.patch("huggingface_hub.snapshot_download", side_effect=OSError("off line")):  # it would look for a token
+        weights.resolve(name)
 
 
 def write_run_case(rng: Random, directory: Path) -> None:
@@ -446,7 +465,8 @@ READERS = {
     reader.name: reader
     for reader in (
         Reader("safetensors", write_safetensors_case, read_safetensors_case,
-               {_file(safetensors_files): WRITERS, _file(files): ("size_problems", "is_number", "read_text")}),
+               {_file(safetensors_files): WRITERS,
+                _file(files): ("size_problems", "is_number", "read_text", "check_model_name")}),
         Reader("keys", write_key_case, read_key_case,
                {_file(key_table): ("export_tensors", "_fetch", "_load_by_layer", "_write_layer", "_cast", "_place",
                                    "export_array", "rows", "prefixed")}),
@@ -455,8 +475,9 @@ READERS = {
                 ("write", "read_template", "fill", "template_sha256")}),
         Reader("original", write_original_case, read_original_case,
                {_file(lmms_lab): ("assets_directory", "derive_assets", "_tokenizer")}),
-        Reader("tokenizer", write_tokenizer_case, read_tokenizer_case, {_file(tokenizer): ()}),
-        Reader("template", write_template_case, read_template_case, {_file(chat): ()}),
+        Reader("tokenizer", write_tokenizer_case, read_tokenizer_case, {_file(tokenizer): ("<genexpr>",)}),
+        Reader("template", write_template_case, read_template_case, {_file(chat): (),
+                _file(template_process): ("_forget", "serve", "_answer", "_environment")}),
         Reader("adapter", write_adapter_case, read_adapter_case,
                {_file(adapter): ("save_adapter", "_adapted_kernels", "_at", "_target_modules")}),
         Reader("name", write_name_case, read_name_case, {_file(weights): _NOT_RESOLVE}, names_case=False),

@@ -39,6 +39,7 @@ def show(name: str, figures: Figures, seed: int) -> None:
 
 
 def main() -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # messages quote what the mutations wrote
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reader", choices=[*READERS, "all"])
     parser.add_argument("--executions", type=int, default=20_000)

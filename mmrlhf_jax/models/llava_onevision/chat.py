@@ -137,6 +137,8 @@ class Chat:
         return re.sub(f"{mark}(\\d+){mark}", lambda found: names[int(found[1])], text)
 
     def _ids(self, text: str, mark: str) -> np.ndarray:
+        if lone := re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"the text holds {lone[0]!r}, half of a character (a lone surrogate); mend or drop it")
         ids: list[int] = []
         for number, piece in enumerate(self._special.split(text)):
             if number % 2:
