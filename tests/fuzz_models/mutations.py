@@ -69,7 +69,7 @@ def _change(rng: Random, document: Any, holder: Any, last: Any, found: list[tupl
     kind = rng.randrange(10)
     if kind < 4:
         holder[last] = strange(rng)
-    elif kind < 6 and type(holder[last]) in (int, float):
+    elif kind < 6 and type(holder[last]) in (int, float) and abs(holder[last]) < 1e100:
         holder[last] = holder[last] * rng.choice((-1, 0, 2, 3, 1000, 10**9, 0.5)) + rng.choice((0, 1, -1))
     elif kind == 6:
         del holder[last]

@@ -446,6 +446,50 @@ def read_run_case(directory: Path) -> None:
     run_model._best(run_model.RunDirectory.at(directory), [1, 2, 3])
 
 
+@cache
+def _checkpointed() -> dict[str, bytes]:
+    """The files of a RUN with one checkpoint, as Checkpoints.save lays it out."""
+    import jax
+    import orbax.checkpoint as ocp
+    from tiny import random_params
+
+    from mmrlhf_jax.nn.params import named_leaves
+
+    leaves = {name: jax.numpy.asarray(leaf) for name, leaf in named_leaves(random_params())}
+    position = {"step": 1, "dtypes": dict.fromkeys(leaves, "float32")}
+    with tempfile.TemporaryDirectory() as top, ocp.CheckpointManager(f"{top}/checkpoints") as manager:
+        parts = {"params": ocp.args.StandardSave(leaves), "position": ocp.args.JsonSave(position)}
+        manager.save(1, args=ocp.args.Composite(**parts))
+        manager.wait_until_finished()
+        kept = {str(file.relative_to(top)): file.read_bytes() for file in Path(top).rglob("*") if file.is_file()}
+    kept |= {f"model/{name}": data for name, data in valid().items()}
+    tiny = json.loads(kept["model/config.json"])
+    return {**kept, "recipe.json": b"{}", "start.json": b"{}", "model/config.json": dumps(tiny)}
+
+
+def write_checkpoint_case(rng: Random, directory: Path) -> None:
+    kept = _checkpointed()
+    for name, data in kept.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_bytes(data)
+    name = rng.choice([name for name in kept if name.startswith("checkpoints/")])
+    data, kind = kept[name], rng.randrange(4)
+    if kind == 0:
+        (directory / name).unlink()
+    elif data[:1] == b"{" and kind == 1:
+        mutated = mutate_document(rng, json.loads(data), 1)
+        (directory / name).write_bytes(dumps(mutated))
+    else:
+        (directory / name).write_bytes(mutate_bytes(rng, data))
+
+
+def read_checkpoint_case(directory: Path) -> None:
+    from mmrlhf_jax.nn.sharding import ShardingRules
+    from mmrlhf_jax.training.recipe import INFERENCE
+
+    run_model.load_model(str(directory), _mesh(), ShardingRules(), rates=INFERENCE)
+
+
 def _file(module: Any) -> str:
     return str(module.__file__)
 
@@ -481,6 +525,7 @@ READERS = {
         Reader("adapter", write_adapter_case, read_adapter_case,
                {_file(adapter): ("save_adapter", "_adapted_kernels", "_at", "_target_modules")}),
         Reader("name", write_name_case, read_name_case, {_file(weights): _NOT_RESOLVE}, names_case=False),
+        Reader("checkpoint", write_checkpoint_case, read_checkpoint_case, {}),
         Reader("run", write_run_case, read_run_case, {_file(run_model): _CHAIN}),
     )
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A chat template is a program of a stranger: it writes what transformers would have it write, and no more than that."""
+"""A chat template is a program of a stranger: it writes what it writes in transformers, and does nothing else."""
 
 from __future__ import annotations
 

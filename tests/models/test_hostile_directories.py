@@ -1,4 +1,4 @@
-"""MODEL directories as strangers make them: refused with a message that names the file, before anything is allocated."""
+"""MODEL directories as strangers make them: refused in a message that names the file, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_weight_file_behind_a_link_is_refused(tmp_path: Path) -> None:
 )
 def test_an_odd_name_is_refused_before_any_network(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
-    with pytest.raises((ValueError, OSError), match="no such directory|names no MODEL|lies on gs://"):
+    with pytest.raises((ValueError, OSError), match=r"no such directory|names no MODEL|lies on gs://"):
         resolve(name)
 
 

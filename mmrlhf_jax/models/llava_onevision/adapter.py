@@ -69,7 +69,7 @@ def read_adapter_config(directory: str) -> AdapterConfig:
     if not base:
         raise ValueError(f"{path}: base_model_name_or_path is missing; write there what the adapter adapts")
     check_model_name(base, f"{path}: base_model_name_or_path")
-    return AdapterConfig(base, rank, alpha / (rank**0.5 if raw.get("use_rslora") else rank))
+    return AdapterConfig(base, rank, float(alpha or 0) / (rank**0.5 if raw.get("use_rslora") else rank))
 
 
 def load_adapted(

@@ -68,7 +68,7 @@ def render_template(template: str, variables: Mapping[str, Any]) -> str:
             if attempt == 2 or code is None:  # the first may have been ended by somebody else, such as a tired kernel
                 how = f"in {REAL_SECONDS:g} seconds" if code is None else f"(its process ended with {code})"
                 raise TemplateRefused(f"it does not write the conversation {how}")
-    document = json.loads(answer)
+    document = json.loads(answer or b"")  # there is one here
     if "refused" in document:
         raise TemplateRefused(document["refused"])
     return str(document["text"])
@@ -84,7 +84,8 @@ def _ask(request: bytes) -> tuple[bytes | None, int | None]:
     with suppress(BrokenPipeError):
         process.stdin.write(request)
         process.stdin.flush()
-    parts, until = [], time.monotonic() + REAL_SECONDS
+    parts: list[bytes] = []
+    until = time.monotonic() + REAL_SECONDS
     while not parts or not parts[-1].endswith(b"\n"):
         ready, _, _ = select.select([process.stdout], [], [], max(0.0, until - time.monotonic()))
         part = os.read(process.stdout.fileno(), _BLOCK) if ready else b""

@@ -131,7 +131,7 @@ def _parts(file: epath.Path, name: str, value: Any) -> list[dict[str, Any]]:
         raise ValueError(f"{file}: {name} = {shown(value)} is no part of a tokenizer")
     if value.get("type") != "Sequence":
         return [value]
-    members = next(
+    members: Any = next(
         (value[key] for key in ("normalizers", "pretokenizers", "processors", "decoders") if key in value), []
     )
     if not isinstance(members, list) or len(members) > 4 or not all(isinstance(member, dict) for member in members):
