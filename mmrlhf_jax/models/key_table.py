@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -67,7 +68,9 @@ class Key:
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         if not self.pattern:
             return shape
-        return self.export_array(np.broadcast_to(np.zeros((), np.int8), shape)).shape
+        sizes, theirs = self._sizes(shape), self.pattern.split("->")[0]
+        groups = re.findall(r"\([^)]*\)|\S+", theirs)
+        return tuple(math.prod(sizes[name] for name in group.strip("()").split()) for group in groups)
 
     def _sizes(self, shape: tuple[int, ...]) -> dict[str, int]:
         return dict(zip(self.pattern.split("->")[1].split(), shape, strict=True))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,16 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from mmrlhf_jax.models.files import check_file, parse_json, read_json, shown
+
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names
-_HEADER_BYTES = 100_000_000  # the format's own limit
+_HEADER_BYTES = 16 * 2**20  # 100,000 tensors; the format's own limit, 100 MB, can be 2 GB of Python objects
+_TENSORS = 300_000  # of a directory
+_NAME, _AXES, _SIZE = 1024, 8, 2**48  # longest name, most axes and largest number of an entry
+_FILE = re.compile(r"[^/\\\x00-\x1f]{1,200}\.safetensors")
 _BLOCK_BYTES = 16 * 2**20
 
 
@@ -66,8 +72,10 @@ class SafetensorsDirectory:
                 if name in self.where:
                     raise ValueError(f"{file}: {stored.raw} also stands in {self.where[name].path.name} as {name}")
                 self.where[name] = stored
+            if len(self.where) > _TENSORS:
+                raise ValueError(f"{file}: with it the directory names more than {_TENSORS:,} tensors")
         lies = {(stored.raw, stored.path.name) for stored in self.where.values()}
-        if wrong := [f"{raw} in {file}" for raw, file in promised.items() if (raw, file) not in lies]:
+        if wrong := [f"{_cut(raw)} in {file}" for raw, file in promised.items() if (raw, file) not in lies]:
             more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise ValueError(f"{self.directory / INDEX} promises what is not there: {', '.join(wrong[:5])}{more}")
 
@@ -119,49 +127,34 @@ def _files(directory: epath.Path) -> tuple[list[epath.Path], dict[str, str]]:
     promised = _weight_map(directory / INDEX)
     named = sorted(set(promised.values()))
     if missing := [name for name in named if name not in present]:
-        raise FileNotFoundError(f"{directory / INDEX} names files that are not there: {', '.join(missing)}")
+        raise FileNotFoundError(f"{directory / INDEX} names files that are not there: {_cut(', '.join(missing))}")
     if stray := [name for name in weights if name not in named]:
         raise ValueError(
-            f"{directory}: {', '.join(stray)} stands beside {INDEX}, which does not name it; whether it belongs to the "
-            "checkpoint is not known: remove the file or the index"
+            f"{directory}: {_cut(', '.join(stray))} stands beside {INDEX}, which does not name it; "
+            "whether it belongs to the checkpoint is not known: remove the file or the index"
         )
     return [directory / name for name in named], promised
 
 
 def _weight_map(path: epath.Path) -> dict[str, str]:
-    document = _parse(path, path.read_bytes())
+    document = read_json(path, _HEADER_BYTES)
     found = document.get("weight_map")
     if not isinstance(found, dict) or not found:
         raise ValueError(f"{path}: no weight_map of tensor names to files")
     for file in found.values():
-        if not isinstance(file, str) or "/" in file or "\\" in file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: {file!r} is not the name of a .safetensors file beside it")
+        if not isinstance(file, str) or not _FILE.fullmatch(file):
+            raise ValueError(f"{path}: {shown(file)} is not the name of a .safetensors file beside it")
     return found
-
-
-def _parse(path: epath.Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(out := dict(pairs)) != len(pairs):
-            raise ValueError("a name stands twice")
-        return out
-
-    try:
-        document = json.loads(text, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return document
 
 
 def _read_header(path: epath.Path) -> list[Stored]:
     """Raises ValueError unless the header's tensors fill the file's data exactly, end to end."""
-    size = path.stat().length
+    size = check_file(path)
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER_BYTES):
             raise ValueError(f"{path}: not a safetensors file, or cut short ({size} bytes)")
-        document = _parse(path, file.read(length))
+        document = parse_json(path, file.read(length))
     document.pop("__metadata__", None)
     tensors = [_stored(path, raw, entry, 8 + length) for raw, entry in document.items()]
     at = 8 + length
@@ -177,14 +170,20 @@ def _read_header(path: epath.Path) -> list[Stored]:
 def _stored(path: epath.Path, raw: str, entry: Any, data: int) -> Stored:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = all(type(number) is int and number >= 0 for number in (*shape, start, stop))
+        sane = len(raw) <= _NAME and isinstance(shape, list) and len(shape) <= _AXES  # before any of it is multiplied
+        whole = sane and all(type(number) is int and 0 <= number <= _SIZE for number in (*shape, start, stop))
     except (KeyError, TypeError, ValueError):
         whole, dtype = False, None
-    if not whole or not isinstance(dtype, str) or start > stop:
-        raise ValueError(f"{path}: the header's entry for {raw} is malformed")
+    if not whole or not isinstance(dtype, str) or len(dtype) > _NAME or start > stop:
+        raise ValueError(f"{path}: the header's entry for {_cut(raw)} is malformed")
     if dtype in _STORED and stop - start != math.prod(shape) * np.dtype(DTYPES[_STORED[dtype]]).itemsize:
         raise ValueError(f"{path}: {raw} is {dtype} {tuple(shape)} but has {stop - start} bytes")
     return Stored(path, raw, dtype, tuple(shape), data + start, data + stop)
+
+
+def _cut(text: str) -> str:
+    """A text of the file for a message."""
+    return text if len(text) <= 600 else f"{text[:500]}..."
 
 
 @dataclass(frozen=True)

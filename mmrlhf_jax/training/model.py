@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,18 @@ from mmrlhf_jax.models import families
 from mmrlhf_jax.models.critique_reward.config import SETTINGS
 from mmrlhf_jax.models.critique_reward.model import declare_head, with_head
 from mmrlhf_jax.models.families import declare, read_config
+from mmrlhf_jax.models.files import check_model_name, is_number, read_json, shown
 from mmrlhf_jax.models.llava_onevision import weights
-from mmrlhf_jax.models.llava_onevision.adapter import is_adapter_directory, load_adapted, read_adapter_config
+from mmrlhf_jax.models.llava_onevision.adapter import (
+    MOST_ALPHA,
+    MOST_RANK,
+    is_adapter_directory,
+    load_adapted,
+    read_adapter_config,
+)
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.lmms_lab import assets_directory
+from mmrlhf_jax.models.safetensors_files import DTYPES
 from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import ShardingRules
@@ -30,6 +40,7 @@ from mmrlhf_jax.training.recipe import INFERENCE, LoraConfig, PartRates
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory
 from mmrlhf_jax.training.state import partition, trains_with_lora, with_dtypes
 
+MOST_BASES = 8  # adapters on adapters
 _CHECKPOINT = re.compile(r"(?P<run>.+)@(?P<step>best|\d+)")
 
 
@@ -48,7 +59,7 @@ class LoadedModel:
 
 def split_model(model: str) -> tuple[str, str | None]:
     """`RUN@best` and `RUN@120` as (RUN, which checkpoint); anything else as (model, None)."""
-    found = _CHECKPOINT.fullmatch(model)
+    found = _CHECKPOINT.fullmatch(check_model_name(model))
     return (found["run"], found["step"]) if found and is_run(found["run"]) else (model, None)
 
 
@@ -66,6 +77,7 @@ def absolute(model: str) -> str:
 
 def assets_of(model: str) -> epath.Path:
     """The directory of a MODEL's config, tokenizer and templates; downloads a hub id's files."""
+    _check_chain(model)
     model, _ = split_model(model)
     if is_run(model):
         return RunDirectory.at(model).model
@@ -98,8 +110,9 @@ def load_model(
         declared = with_dtypes(bare, rates, dtype or weights.stored_dtypes(directory, bare, keys))
         return LoadedModel(config, weights.load_params(directory, declared, config, mesh, rules, keys), assets)
     checkpoints, step = _open(name, which)
-    declared = with_dtypes(bare, rates, dtype or checkpoints.position(step)["dtypes"])
-    params = checkpoints.params(step, nn_params.abstract(declared, mesh, rules))
+    with _reading(f"{name}: checkpoint {step}"):
+        declared = with_dtypes(bare, rates, dtype or _stored_dtypes(checkpoints.position(step)["dtypes"]))
+        params = checkpoints.params(step, nn_params.abstract(declared, mesh, rules))
     checkpoints.close()
     return LoadedModel(config, params, assets, step)
 
@@ -108,6 +121,7 @@ def load_adapters(
     model: str, mesh: Mesh, rules: ShardingRules, *, rates: PartRates = INFERENCE, dtype: str | None = None
 ) -> LoadedModel | None:
     """The model of a LoRA run or PEFT directory with its adapters beside its kernels; None for any other MODEL."""
+    _check_chain(model)
     name, which = split_model(model)
     if is_adapter_directory(name):
         base = load_model(read_adapter_config(name).base, mesh, rules, rates=rates, dtype=dtype)
@@ -115,16 +129,17 @@ def load_adapters(
         return dataclasses.replace(base, params=params, step=None)
     if not is_run(name):
         return None
-    made_with = json.loads(RunDirectory.at(name).start.read_text()).get("lora")
+    made_with = read_json(RunDirectory.at(name).start).get("lora")
     if not made_with:
         return None
+    settings = _lora_settings(name, made_with)
     base = load_model(base_of(model), mesh, rules, rates=rates, dtype=dtype)
-    settings = LoraConfig(**{**made_with, "targets": tuple(made_with["targets"])})
     config = read_config(assets_of(name))
     declared = lora.declare_adapted(declare(config), settings.targets, settings.rank, settings.alpha)
     stored, _ = partition(declared, trains_with_lora)
     checkpoints, step = _open(name, which)
-    restored = dict(nn_params.named_leaves(checkpoints.params(step, nn_params.abstract(stored, mesh, rules))))
+    with _reading(f"{name}: checkpoint {step}"):
+        restored = dict(nn_params.named_leaves(checkpoints.params(step, nn_params.abstract(stored, mesh, rules))))
     checkpoints.close()
     kernels = dict(nn_params.named_leaves(base.params))
     params = nn_params.map_named(lambda at, _: restored[at] if at in restored else kernels[_bare(at)], declared)
@@ -134,9 +149,54 @@ def load_adapters(
 def base_of(model: str) -> str:
     """The MODEL under the adapters of a LoRA run or PEFT directory."""
     name, _ = split_model(model)
-    if is_run(name):
-        return str(json.loads(RunDirectory.at(name).start.read_text())["base"])
-    return read_adapter_config(name).base
+    if not is_run(name):
+        return read_adapter_config(name).base
+    start = RunDirectory.at(name).start
+    return check_model_name(read_json(start).get("base"), f"{start}: base")
+
+
+def _check_chain(model: str) -> None:
+    """An adapter's base may be one in turn. Raises ValueError where that has no end."""
+    seen = [name := model]
+    while is_adapter_directory(bare := split_model(name)[0]) or (is_run(bare) and _is_adapted(bare)):
+        name = base_of(name)
+        if name in seen or len(seen) == MOST_BASES:
+            raise ValueError(f"{model}: adapters on adapters without an end: {' -> '.join([*seen, name])}")
+        seen.append(name)
+
+
+def _is_adapted(run: str) -> bool:
+    return bool((start := RunDirectory.at(run).start).exists() and read_json(start).get("lora"))
+
+
+def _lora_settings(run: str, made_with: Any) -> LoraConfig:
+    """The adapters' settings as start.json states them. Raises ValueError where it cannot be so."""
+    try:
+        targets = tuple(made_with["targets"])
+        settings = LoraConfig(**{**made_with, "targets": targets})
+        sane = all(isinstance(target, str) for target in targets) and type(settings.rank) is int
+        sane = sane and 1 <= settings.rank <= MOST_RANK and is_number(settings.alpha, 0, MOST_ALPHA)
+    except (TypeError, KeyError, ValueError):
+        sane = False
+    if not sane:
+        raise ValueError(f"{RunDirectory.at(run).start}: lora = {shown(made_with)} are no settings of adapters")
+    return settings
+
+
+def _stored_dtypes(dtypes: Any) -> dict[str, str]:
+    if not isinstance(dtypes, dict) or not all(isinstance(name, str) and name in DTYPES for name in dtypes.values()):
+        raise ValueError(f"dtypes = {shown(dtypes)}, supported: {', '.join(DTYPES)}")
+    return dtypes
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """A checkpoint that is damaged, or was made to be, is one message: orbax raises a dozen kinds of error."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+        raise ValueError(f"{what} does not read, it is damaged: {reason}") from error
 
 
 def _bare(name: str) -> str:
@@ -148,7 +208,7 @@ def _open(run: str, which: str | None) -> tuple[Checkpoints, int]:
     directory = RunDirectory.at(run)
     checkpoints = Checkpoints(directory.checkpoints)
     have = checkpoints.steps()
-    step = best_step(directory, have) if which == "best" else checkpoints.latest() if which is None else int(which)
+    step = _best(directory, have) if which == "best" else checkpoints.latest() if which is None else int(which)
     if step is None or step not in have:
         there = ", ".join(map(str, have))
         raise FileNotFoundError(f"{run}: no checkpoint {f'{step}; there: {there}' if there else 'yet'}")
@@ -156,6 +216,14 @@ def _open(run: str, which: str | None) -> tuple[Checkpoints, int]:
         others = f", such as {run}@{max(other)}" if (other := [n for n in have if n != step]) else ""
         raise ValueError(f"{run}: checkpoint {step} is damaged ({damage}): name another{others}")
     return checkpoints, step
+
+
+def _best(directory: RunDirectory, have: list[int]) -> int:
+    try:
+        return best_step(directory, have)
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeError) as error:
+        files = f"{directory.recipe.name} or {directory.evaluation.name}"
+        raise ValueError(f"{directory.path}: {files} is damaged, name a step: {shown(str(error))}") from error
 
 
 def check_family(model: LoadedModel, name: str, *, reward: bool) -> LoadedModel:

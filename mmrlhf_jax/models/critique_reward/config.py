@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from etils import epath
 
+from mmrlhf_jax.models.files import read_json, read_text
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 
 Head = Literal["linear", "tanh"]
@@ -53,7 +54,7 @@ def read_settings(directory: epath.PathLike) -> RewardSettings | None:
     if not file.exists():
         return None
     try:
-        raw: dict[str, Any] = json.loads(file.read_text())
+        raw: dict[str, Any] = read_json(file)
         settings = RewardSettings(**raw)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: not the settings of a reward model: {error}") from error
@@ -76,7 +77,7 @@ def read_template(path: str) -> str:
     file = epath.Path(path) if path else epath.Path(_BUILT_IN)
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such template file")
-    text = file.read_text()
+    text = read_text(file)
     # an editor's last newline is no part of it; the released one ends in its last marker
     text = text.removesuffix("\n") if text.endswith(f"{MARKERS[-1]}\n") else text
     check_template(text, str(file))

@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from safetensors.numpy import save
 
+from mmrlhf_jax.models.files import check_model_name, is_number, read_json, shown
 from mmrlhf_jax.models.key_table import Key, export_tensors, load
 from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision
 from mmrlhf_jax.models.llava_onevision.weights import KEYS
@@ -26,6 +27,7 @@ from mmrlhf_jax.nn.params import map_named, named_leaves
 from mmrlhf_jax.nn.sharding import ShardingRules
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MOST_RANK, MOST_ALPHA = 65_536, 1_000_000
 # settings under which an adapter is not W + scale B A on kernels alone; value: what leaves it so
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None), "use_qalora": (False, None), "bias": ("none", None), "lora_bias": (False, None),
@@ -51,17 +53,23 @@ def is_adapter_directory(directory: str) -> bool:
 def read_adapter_config(directory: str) -> AdapterConfig:
     """Raises ValueError naming every setting that makes it more than a low-rank update of kernels."""
     path = epath.Path(directory) / CONFIG
-    raw = json.loads(path.read_text())
-    problems = [f"{name} = {raw[name]!r}" for name, plain in _PLAIN.items() if name in raw and raw[name] not in plain]
+    raw = read_json(path)
+    problems = [
+        f"{name} = {shown(raw[name])}" for name, plain in _PLAIN.items() if name in raw and raw[name] not in plain
+    ]
     if raw.get("peft_type") != "LORA":
-        problems.append(f"peft_type = {raw.get('peft_type')!r}")
+        problems.append(f"peft_type = {shown(raw.get('peft_type'))}")
     if problems:
         raise ValueError(f"{path}: only plain LoRA adapters are served; not so here: {', '.join(problems)}")
-    rank, alpha = raw["r"], raw["lora_alpha"]
-    base = raw.get("base_model_name_or_path")
+    rank, alpha, base = raw.get("r"), raw.get("lora_alpha"), raw.get("base_model_name_or_path")
+    if type(rank) is not int or not 1 <= rank <= MOST_RANK:
+        raise ValueError(f"{path}: r = {shown(rank)}, a whole number from 1 to {MOST_RANK:,} is needed")
+    if not is_number(alpha, 0, MOST_ALPHA):
+        raise ValueError(f"{path}: lora_alpha = {shown(alpha)}, a number from 0 to {MOST_ALPHA:,} is needed")
     if not base:
         raise ValueError(f"{path}: base_model_name_or_path is missing; write there what the adapter adapts")
-    return AdapterConfig(str(base), int(rank), alpha / (rank**0.5 if raw.get("use_rslora") else rank))
+    check_model_name(base, f"{path}: base_model_name_or_path")
+    return AdapterConfig(base, rank, float(alpha or 0) / (rank**0.5 if raw.get("use_rslora") else rank))
 
 
 def load_adapted(

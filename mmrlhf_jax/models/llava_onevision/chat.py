@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+
+from mmrlhf_jax.models.llava_onevision.template_process import TemplateRefused, render_template
 
 Message = dict[str, Any]  # {"role": str, "content": [{"type": "text", "text": str} | {"type": "image" | "video"}, ...]}
 
@@ -109,16 +110,17 @@ class Chat:
             )
 
     def _write(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        variables = {
+            **self.tokenizer.special_tokens_map,
+            "messages": list(messages),
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            written = self.tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self.template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
+            return render_template(self.template, variables)
+        except TemplateRefused as error:
             raise ValueError(f"{self.name}: the chat template refuses the conversation: {error}") from error
-        return str(written)
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -135,6 +137,8 @@ class Chat:
         return re.sub(f"{mark}(\\d+){mark}", lambda found: names[int(found[1])], text)
 
     def _ids(self, text: str, mark: str) -> np.ndarray:
+        if lone := re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"the text holds {lone[0]!r}, half of a character (a lone surrogate); mend or drop it")
         ids: list[int] = []
         for number, piece in enumerate(self._special.split(text)):
             if number % 2:

@@ -16,21 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from etils import epath
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
-from mmrlhf_jax.models.llava_onevision import fresh
+from mmrlhf_jax.models.files import is_number, read_json, shown, size_problems
+from mmrlhf_jax.models.llava_onevision import bounds, fresh
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.names import REWARD_HEAD, TOWER, canonical
+from mmrlhf_jax.models.llava_onevision.tokenizer import load_tokenizer
 from mmrlhf_jax.models.qwen2.config import Qwen2Config
 from mmrlhf_jax.models.safetensors_files import SafetensorsDirectory
 from mmrlhf_jax.models.siglip.config import SiglipConfig
 
 ARCHITECTURE = "LlavaQwenForCausalLM"
 TOWER_NAME = "siglip-so400m-patch14-384"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt",
-)  # fmt: skip
 MEDIA_TOKENS = ("<image>", "<video>")
 SYSTEM = "You are a helpful assistant."
 CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -70,7 +68,7 @@ def assets_directory(model: epath.PathLike) -> epath.Path:
     """
     directory = epath.Path(model)
     config = directory / "config.json"
-    if not config.exists() or not is_original(raw := _json(config)):
+    if not config.exists() or not is_original(raw := read_json(config)):
         return directory
     derived = Path(tempfile.mkdtemp(prefix="mmrlhf-assets-"))
     atexit.register(shutil.rmtree, derived, ignore_errors=True)
@@ -121,15 +119,15 @@ def read_original(
 ) -> LlavaOnevisionConfig:
     """The configuration of an original directory; `ids` are the media tokens' in its extended tokenizer."""
     file = directory / "config.json"
-    aspect = re.fullmatch(r"anyres_max_([1-9]\d{0,3})", str(raw.get("image_aspect_ratio")))
+    aspect = re.fullmatch(r"anyres_max_([1-9][0-9]{0,3})", str(raw.get("image_aspect_ratio")))
     problems = [
-        f"{name} = {raw.get(name, _ABSENT)!r}, supported: {' or '.join(map(repr, served))}"
+        f"{name} = {shown(raw.get(name, _ABSENT))}, supported: {' or '.join(map(repr, served))}"
         for name, served in _SERVED.items()
         if raw.get(name, _ABSENT) not in served
     ]
     if problems or aspect is None:
         if aspect is None:
-            problems.append(f"image_aspect_ratio = {raw.get('image_aspect_ratio')!r}, supported: 'anyres_max_N'")
+            problems.append(f"image_aspect_ratio = {shown(raw.get('image_aspect_ratio'))}, supported: 'anyres_max_N'")
         raise ValueError(f"{file}: " + "; ".join(problems))
     tower = _tower(file, raw, source)
     decoder = _decoder(file, raw)
@@ -151,13 +149,19 @@ def _decoder(file: epath.Path, raw: dict[str, Any]) -> Qwen2Config:
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
         "intermediate_size", "max_position_embeddings",
     )  # fmt: skip
-    if bad := [name for name in names if type(raw.get(name)) is not int or raw[name] < 1]:
-        raise ValueError(f"{file}: {', '.join(bad)}: a positive number is needed")
-    numbers = {"rope_theta": raw.get("rope_theta"), "rms_norm_eps": raw.get("rms_norm_eps")}
-    if bad := [name for name, value in numbers.items() if type(value) not in (int, float)]:
-        raise ValueError(f"{file}: {', '.join(bad)}: a number is needed")
-    if raw["hidden_size"] % raw["num_attention_heads"] or raw["num_attention_heads"] % raw["num_key_value_heads"]:
-        raise ValueError(f"{file}: hidden_size, num_attention_heads and num_key_value_heads do not divide")
+    if problems := size_problems({name: raw.get(name) for name in names}, bounds.DECODER):
+        raise ValueError(f"{file}: " + "; ".join(problems))
+    numbers = {"rope_theta": bounds.ROPE_THETA, "rms_norm_eps": bounds.NORM_EPS}
+    problems = [
+        f"{name} = {shown(raw.get(name))}, a number from {low:g} to {high:g} is needed"
+        for name, (low, high) in numbers.items()
+        if not is_number(raw.get(name), low, high)
+    ]
+    if problems:
+        raise ValueError(f"{file}: " + "; ".join(problems))
+    shape = (raw["hidden_size"], raw["num_attention_heads"], raw["num_key_value_heads"])
+    if problems := bounds.shape_problems(*shape, None, ""):
+        raise ValueError(f"{file}: " + "; ".join(problems))
     return Qwen2Config(
         vocab=raw["vocab_size"],
         embed=raw["hidden_size"],
@@ -179,7 +183,7 @@ def _tower(file: epath.Path, raw: dict[str, Any], source: SafetensorsDirectory) 
     tower only)."""
     name, stated = str(raw.get("mm_vision_tower")), raw.get("vision_config")
     if "siglip" not in name.lower() or (stated is None and TOWER_NAME not in name):
-        raise ValueError(f"{file}: mm_vision_tower = {name!r}, supported: {TOWER_NAME!r}")
+        raise ValueError(f"{file}: mm_vision_tower = {shown(name)}, supported: {TOWER_NAME!r}")
     prefix = f"{TOWER}vision_model."
     patch, mlp = (f"{prefix}embeddings.patch_embedding.weight", f"{prefix}encoder.layers.0.mlp.fc1.weight")
     if missing := [tensor for tensor in (patch, mlp) if tensor not in source.where]:
@@ -194,11 +198,15 @@ def _tower(file: epath.Path, raw: dict[str, Any], source: SafetensorsDirectory) 
     shape = source.shape(patch)
     if len(shape) != 4 or len(source.shape(mlp)) != 2:
         raise ValueError(f"{file.parent}: {patch} is {shape}, {mlp} {source.shape(mlp)}: no SigLIP tower")
-    tower = SiglipConfig(shape[0], len(layers), heads, source.shape(mlp)[0], side, shape[-1])
+    sizes = (shape[0], len(layers), heads, source.shape(mlp)[0], side, shape[-1])
+    named = dict(zip(("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"), sizes))
+    named |= {"image_size": side, "patch_size": shape[-1]}
+    problems = size_problems(named, bounds.TOWER) or bounds.tower_problems(shape[0], heads, side, shape[-1], "")
+    if problems:
+        raise ValueError(f"{file.parent}: the tower that tensors and vision_config make: " + "; ".join(problems))
+    tower = SiglipConfig(*sizes)
     if stated is None and tower != known:
         raise ValueError(f"{file.parent}: the tensors are not those of {name}: they make {tower}")
-    if tower.embed % heads:
-        raise ValueError(f"{file}: the tower's width {tower.embed} does not divide into {heads} heads")
     return tower
 
 
@@ -212,30 +220,16 @@ def _pinpoints(file: epath.Path, given: Any, side: int) -> tuple[tuple[int, int]
     if isinstance(given, str) and (ends := re.findall(r"\((\d{1,2})x(\d{1,2})\)", given)):
         (w0, h0), (w1, h1) = ([int(n) for n in end] for end in (ends[0], ends[-1]))
         given = [[side * w, side * h] for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
-    pairs = given if isinstance(given, list) else []
-    good = [p for p in pairs if isinstance(p, list) and len(p) == 2 and all(type(n) is int and n > 0 for n in p)]
-    if not pairs or len(good) != len(pairs) or any(n % side for pair in good for n in pair):
-        raise ValueError(
-            f"{file}: image_grid_pinpoints = {given!r}; supported: '(1x1),...,(6x6)' or a list of [width, height] in "
-            f"multiples of the tile size {side}"
-        )
-    canvases = [(h, w) for w, h in good]
+    if problems := bounds.canvas_problems(given, side):
+        raise ValueError(f"{file}: {'; '.join(problems)}; supported: '(1x1),...,(6x6)' or a list of [width, height]")
+    canvases = [(h, w) for w, h in given]
     heights, widths = {h for h, _ in canvases}, {w for _, w in canvases}
     return tuple(sorted(canvases) if len(set(canvases)) == len(heights) * len(widths) else canvases)
 
 
 def _tokenizer(directory: epath.Path) -> PreTrainedTokenizerBase:
     """The directory's tokenizer with the two media tokens, at the next free ids where it lacks them."""
-    with tempfile.TemporaryDirectory() as local:  # without config.json, whose model_type would name another class
-        for name in TOKENIZER_FILES:
-            if (directory / name).exists():
-                (Path(local) / name).write_bytes((directory / name).read_bytes())
-        if not any(Path(local).iterdir()):
-            raise FileNotFoundError(f"{directory}: no tokenizer there ({', '.join(TOKENIZER_FILES)})")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True, trust_remote_code=False)
-        except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
-            raise ValueError(f"{directory}: the tokenizer does not load: {error}") from error
+    tokenizer = load_tokenizer(directory)
     have = tokenizer.get_vocab()
     if missing := [token for token in CONTROL_TOKENS if token not in have]:
         raise ValueError(f"{directory}: the tokenizer has no {', '.join(missing)}; it is not Qwen2's")
@@ -243,13 +237,3 @@ def _tokenizer(directory: epath.Path) -> PreTrainedTokenizerBase:
     tokenizer.add_tokens(media, special_tokens=True)
     tokenizer.chat_template = fresh.CHAT_TEMPLATE  # Qwen2's own, if it brings one, knows no pictures
     return tokenizer
-
-
-def _json(path: epath.Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return document

@@ -6,21 +6,22 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from etils import epath
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from mmrlhf_jax.groups import Branch, Group, Lengths, Media, Rendered
+from mmrlhf_jax.models.files import TEMPLATE_BYTES, read_json, read_text
 from mmrlhf_jax.models.llava_onevision.chat import Chat, Message
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig, read_config
 from mmrlhf_jax.models.llava_onevision.layout import Taps, image_layout, image_taps, single_tile_taps, video_taps
 from mmrlhf_jax.models.llava_onevision.lmms_lab import assets_directory
 from mmrlhf_jax.models.llava_onevision.tiles import frame_tiles, image_tiles, single_tile
+from mmrlhf_jax.models.llava_onevision.tokenizer import load_tokenizer
 
 RENDER_VERSION = 1  # raise it whenever the same group would render differently: stored log-probs then expire
 
@@ -254,28 +255,20 @@ def load_renderer(directory: str, options: RenderOptions | None = None) -> Llava
     """
     assets = assets_directory(directory)
     config = read_config(str(assets))
-    tokenizer = _load_tokenizer(str(assets))
+    tokenizer = load_tokenizer(assets, model_type="llava_onevision")
+    if (ids := max(tokenizer.get_vocab().values(), default=0)) >= config.decoder.vocab:
+        raise ValueError(f"{directory}: the tokenizer has id {ids}, the model's vocabulary {config.decoder.vocab} rows")
     template = _chat_template(assets) or tokenizer.chat_template
-    if not isinstance(template, str):
+    if not isinstance(template, str) or len(template) > TEMPLATE_BYTES:
         raise ValueError(f"{directory}: no single chat template; put the model's into {directory}/chat_template.jinja")
     return LlavaOnevisionRenderer(config, tokenizer, template, options or RenderOptions(), name=directory)
 
 
-def _load_tokenizer(directory: str) -> PreTrainedTokenizerBase:
-    if "://" not in directory:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    with tempfile.TemporaryDirectory() as local:  # transformers reads local files only
-        for file in epath.Path(directory).iterdir():
-            if file.suffix in (".json", ".txt", ".jinja"):
-                file.copy(epath.Path(local) / file.name)
-        return AutoTokenizer.from_pretrained(local, local_files_only=True)
-
-
 def _chat_template(directory: epath.Path) -> str | None:
     if (jinja := directory / "chat_template.jinja").exists():
-        return jinja.read_text()
+        return read_text(jinja)
     if (legacy := directory / "chat_template.json").exists():
-        return json.loads(legacy.read_text())["chat_template"]
+        return read_json(legacy).get("chat_template")
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mmrlhf_jax.models import key_table
+from mmrlhf_jax.models.files import check_file, check_model_name, shown
 from mmrlhf_jax.models.key_table import Key, export_tensors, load, prefixed
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.fresh import write_fresh_files
@@ -42,6 +44,8 @@ KEYS = [
 
 EMBEDDING, UNEMBEDDING = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 RECORD = "mmrlhf_jax_export.json"
+ASSET_BYTES = 64 * 2**20  # of one file beside the weights
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 
 # what makes a directory usable beside its weights; copied from the model a run started from
 ASSETS = (
@@ -55,10 +59,10 @@ ASSETS = (
 def resolve(model: str) -> epath.Path:
     """A directory, local or remote (gs://), or the local copy of a hub id, which is downloaded only because the user
     named it."""
-    if "://" in model or os.path.isdir(model):
+    if "://" in check_model_name(model) or os.path.isdir(model):
         return epath.Path(model)
-    if model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise FileNotFoundError(f"{model}: no such directory (and not a hub id of the form owner/name)")
+    if not _HUB_ID.fullmatch(model) or "--" in model or ".." in model:
+        raise FileNotFoundError(f"{shown(model)}: no such directory (and not a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
@@ -161,6 +165,7 @@ def copy_assets(source: epath.PathLike, target: epath.PathLike) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in ASSETS:
         if (source / name).exists():
+            check_file(source / name, ASSET_BYTES)
             (source / name).copy(target / name, overwrite=True)
 
 

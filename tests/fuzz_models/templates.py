@@ -1,0 +1,55 @@
+"""Chat templates as strangers write them: the valid one with its tokens changed, and bombs of every kind known."""
+
+from __future__ import annotations
+
+import re
+from random import Random
+
+# each exceeds a bound that the language itself has not
+BOMBS = {
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a text multiplied": "{{ 'a' * 10**10 }}",
+    "a text doubled": "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "a block doubled": "{% set n = namespace(x='aa') %}{% for i in range(60) %}"
+    "{% set x %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = x %}{% endfor %}",
+    "a list nested": "{% set n = namespace(x=[1]) %}{% for i in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
+    "{{ n.x }}",
+    "a macro that calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "a loop that calls itself": "{% for x in messages recursive %}{{ loop(messages) }}{% endfor %}",
+    "a power": "{{ 9 ** (9 ** 9) }}",
+    "a wide number": "{{ '%1000000000d' % 1 }}",
+    "a wide text": "{{ 'x' | center(10**9) }}",
+    "much lorem": "{{ lipsum(10**7) }}",
+    "long output": "{{ 'a' * 20000000 }}",
+    "deep brackets": "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+}
+ESCAPES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{% include '/etc/passwd' %}",
+    "{{ cycler.__init__.__globals__ }}",
+    "{{ messages.append(1) }}", "{{ self.__init__ }}", "{{ dict.__class__ }}", "{{ '{0.__class__}'.format(1) }}",
+    "{{ namespace(__class__=1) }}", "{% import '/etc/passwd' as x %}", "{{ raise_exception.__globals__ }}",
+    "{{ raise_exception('no') }}", "{{ messages | attr('__class__') }}", "{{ 1 / 0 }}", "{{ strftime_now('%Y') }}",
+    "{{ undefined.x }}", "{{ messages | tojson }}", "{% generation %}x{% endgeneration %}", "{% break %}", "\x00", "{#",
+)  # fmt: skip
+_TOKEN = re.compile(r"\{%-?|-?%\}|\{\{-?|-?\}\}|'[^']*'|\w+|\s+|.", re.DOTALL)
+
+
+def template_case(rng: Random, valid: str) -> str:
+    kind = rng.random()
+    if kind < 0.002:
+        return rng.choice(list(BOMBS.values())) + (valid if rng.random() < 0.5 else "")
+    tokens = _TOKEN.findall(valid)
+    for _ in range(rng.choice((0, 1, 1, 2, 5))):
+        at, act = rng.randrange(len(tokens)), rng.randrange(5)
+        if act == 0:
+            del tokens[at]
+        elif act == 1:
+            tokens.insert(at, tokens[rng.randrange(len(tokens))])
+        elif act == 2:
+            tokens[at] = tokens[rng.randrange(len(tokens))]
+        elif act == 3:
+            tokens[at] = rng.choice(("'assistant'", "'<image>'", "''", "0", "messages", "loop.index", "\ue000", "not"))
+        else:
+            tokens.insert(at, rng.choice(ESCAPES))
+        tokens = tokens or [" "]
+    return "".join(tokens)
