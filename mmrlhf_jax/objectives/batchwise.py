@@ -28,12 +28,13 @@ from mmrlhf_jax.objectives.preference import RELEASED_BETA_FLOOR, draw_pairs
 class BetaDPO:
     """beta-DPO: one beta a batch, from how far apart the policy holds its pairs, after outliers are left out.
 
-    Formula: with M = beta z (no gradient) of all pairs, mean mu and deviation sd: int(kept pairs) of them are drawn in
+    Formula: with M = z (no gradient) of all pairs, mean mu and deviation sd: int(kept pairs) of them are drawn in
     proportion to exp(-((M - mu) / sd)^2 / 2) and trained on, the others are not, with
     beta_batch = max(beta (1 + alpha (mean M of the drawn - threshold)), 1e-3).
-    Source: https://arxiv.org/abs/2407.08639, equations 7 to 9. There mu, sd and the threshold are moving averages over
-    batches; here they are the batch's own (momentum 0), since a step keeps no state but the model's. Where the draw
-    leaves nobody, all pairs are trained. MM-RLHF's released trainer has a relative: MMDPOReleasedBatch.
+    Source: https://arxiv.org/abs/2407.08639. There mu, sd and the threshold are moving averages over batches; here they
+    are the batch's own (momentum 0), since a step keeps no state but the model's. M is a difference of log-ratios as in
+    MM-RLHF's copy of the rule (MMDPOReleasedBatch, which draws for beta only and trains on every pair); counted in
+    rewards it is beta times that, hence another alpha. Where the draw leaves nobody, all pairs are trained.
     """
 
     beta: float = 0.1
@@ -41,11 +42,11 @@ class BetaDPO:
     gamma: float = 0.0
     """Weight of the token-mean negative log-likelihood of the chosen responses."""
     alpha: float = 0.6
-    """Slope of beta in the mean reward margin of the drawn pairs."""
+    """Slope of beta in the mean log-ratio of the drawn pairs."""
     kept: float = 0.8
     """Share of the batch's pairs that is trained on, rounded down."""
     threshold: float | None = None
-    """Reward margin at which beta is `beta`; None: the mean of the batch."""
+    """Log-ratio at which beta is `beta`; None: the mean of the batch."""
 
     needs_margin: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
@@ -61,11 +62,11 @@ class BetaDPO:
         """Loss f32 [] and metrics f32 [] of the whole step."""
         pairs, valid = pairs_of(inputs), inputs.pair_weight > 0
         z = pairs.ratio.difference
-        margin = jax.lax.stop_gradient(self.beta * z)
-        drawn = draw_pairs(inputs.key, margin, valid, self.kept)
+        seen = jax.lax.stop_gradient(z)
+        drawn = draw_pairs(inputs.key, seen, valid, self.kept)
         drawn = jnp.where(drawn.any(), drawn, valid)
-        threshold = jnp.where(valid, margin, 0).sum() / valid.sum() if self.threshold is None else self.threshold
-        above = jnp.where(drawn, margin, 0).sum() / drawn.sum() - threshold
+        threshold = jnp.where(valid, seen, 0).sum() / valid.sum() if self.threshold is None else self.threshold
+        above = jnp.where(drawn, seen, 0).sum() / drawn.sum() - threshold
         beta = jnp.maximum(self.beta * (1 + self.alpha * above), RELEASED_BETA_FLOOR)
         weight = jnp.where(drawn, inputs.pair_weight, 0)
         preference = (weight * sigmoid_loss(z, beta)).sum() / weight.sum()

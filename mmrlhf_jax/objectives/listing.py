@@ -17,7 +17,7 @@ def listing() -> str:
     head = (
         f"{len(OBJECTIVES)} objectives. A recipe holds one, `objective=CLASS(option=value)`, and "
         "--objective.option VALUE changes it. z = s_i - s_j for a pair 'i is preferred to j', s = log policy / "
-        "reference; r = a reward model's score."
+        "reference; r = a reward model's score. Where there is an option gamma, gamma * NLL(chosen) is added."
     )
     return "\n\n".join([textwrap.fill(head, WIDTH), *(described(name) for name in OBJECTIVES)])
 

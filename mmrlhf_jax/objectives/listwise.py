@@ -18,7 +18,7 @@ class PlackettLuce:
     Formula: sum over responses i of -log(exp(beta s_i) / (exp(beta s_i) + sum over all j worse than i of
     exp(beta s_j))), a mean over groups whatever data.mean says. Two responses: DPO. Tied responses do not compete with
     each other; of a partial order "worse" is what its pairs say.
-    Source: https://arxiv.org/abs/2305.18290, appendix A.3 (Plackett-Luce); the same form in PRO,
+    Source: https://arxiv.org/abs/2305.18290, its appendix on Plackett-Luce; the same form in PRO,
     https://arxiv.org/abs/2306.17492.
     """
 

@@ -123,7 +123,7 @@ class SigmoidNorm(Divergent, Pairwise):
     """DPO on log-ratios per token.
 
     Formula: -log sigmoid(beta (s_i / n_i - s_j / n_j)).
-    Source: TRL's "sigmoid_norm", the length-normalised DPO of Tulu 3 (https://arxiv.org/abs/2411.15124, section 5.1).
+    Source: TRL's "sigmoid_norm", the length-normalised DPO of Tulu 3 (https://arxiv.org/abs/2411.15124).
     """
 
     def per_pair(self, pairs: Pairs) -> jax.Array:
@@ -182,7 +182,7 @@ class RobustDPO(Divergent, Pairwise):
     """DPO whose expectation under labels flipped with a known rate is that of clean labels.
 
     Formula: (-(1 - e) log sigmoid(beta z) + e log sigmoid(-beta z)) / (1 - 2 e), e = label_smoothing.
-    Source: https://arxiv.org/abs/2403.00409, equation 9; TRL's "robust".
+    Source: https://arxiv.org/abs/2403.00409; TRL's "robust".
     """
 
     label_smoothing: float = 0.1
@@ -290,7 +290,7 @@ class MPO(Pairwise):
     """Mixed preference optimisation: which is better, how good each is, and how to write the better one.
 
     Formula: sigmoid * DPO + bco * BCO + gamma * NLL(chosen).
-    Source: https://arxiv.org/abs/2411.10442, equation 1; TRL's loss_type ["sigmoid", "bco_pair", "sft"].
+    Source: https://arxiv.org/abs/2411.10442; TRL's loss_type ["sigmoid", "bco_pair", "sft"].
     """
 
     gamma: float = 1.0

@@ -26,8 +26,8 @@ class REFUEL:
 
     Formula: (z / eta - margin)^2, scaling "paper"; (z - eta margin)^2, "released": eta^2 times as much, hence the same
     minimiser under another learning rate. z sums the scored tokens, those of a group's last turn.
-    Source: REFUEL, https://arxiv.org/abs/2410.04612, equation 4, and its code (eta 1e3); REBEL,
-    https://arxiv.org/abs/2404.16767, equation 1. Rewards are shown at beta = 1 / eta.
+    Source: REFUEL, https://arxiv.org/abs/2410.04612, and its code (eta 1e3); REBEL,
+    https://arxiv.org/abs/2404.16767. Rewards are shown at beta = 1 / eta.
     """
 
     eta: float = 1.0

@@ -22,7 +22,7 @@ class MarginReward:
     """Bradley-Terry that asks for as much distance as the data says there is.
 
     Formula: -log sigmoid(r_i - r_j - scale * margin) + centre * (r_i + r_j)^2 + tie * (r_i - r_j)^2 over ties.
-    Source: Llama 2, https://arxiv.org/abs/2307.09288, equation 2; TRL's reward trainer with a margin column.
+    Source: Llama 2, https://arxiv.org/abs/2307.09288; TRL's reward trainer with a margin column.
     """
 
     scale: float = 1.0

@@ -17,7 +17,7 @@ class MMPO(Pairwise):
     """Margin-matching preference optimisation: the model's preference is to be as strong as the data's.
 
     Formula: -p log sigmoid(beta z) - (1 - p) log sigmoid(-beta z), p = sigmoid(sharpness margin).
-    Source: https://arxiv.org/abs/2410.03145, equation 6; `sharpness` is its gamma (`bt_beta` in the released code: 2.2
+    Source: https://arxiv.org/abs/2410.03145; `sharpness` is its gamma (`bt_beta` in the released code: 2.2
     for most models, 0.3 for Gemma-7B, 1.1 on SHP). 0 carries no signal, infinity is DPO.
     """
 

@@ -34,7 +34,7 @@ class DDPO:
 
     Formula: -log sigmoid(beta z) on log p = sum(w_t log p_t) / sum(w_t), w_t = `weight` in a corrected segment, else 1;
     without `average` the sum alone.
-    Source: RLHF-V, https://arxiv.org/abs/2312.00849, equations 2 and 3: weight 5, average, beta 0.5. Its released
+    Source: RLHF-V, https://arxiv.org/abs/2312.00849: weight 5, average, beta 0.5. Its released
     script sums, with weight 3, beta 0.1 and difflib's segments: average = False, segments = "released".
     """
 

@@ -11,7 +11,7 @@ from mmrlhf_jax.objectives.pairs import Tokens, members
 def beyond_shorter(tokens: Tokens, responses: int, alpha: float) -> jax.Array:
     """LD-DPO's weights f32 [B, K, T]: 1 up to the length of the response compared with, `alpha` beyond it.
 
-    Source: https://arxiv.org/abs/2409.06411, equation 10.
+    Source: https://arxiv.org/abs/2409.06411.
     """
     scored = members(tokens, responses) & (tokens.weight != 0)[:, None, :]
     place = _own(jnp.cumsum(scored, axis=-1), scored)  # counts from 1
