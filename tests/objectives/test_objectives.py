@@ -151,6 +151,15 @@ def test_every_hyperparameter_is_a_flag_with_help(capsys):
     assert "needs-margin" not in text
 
 
+def test_every_objective_is_built_from_its_flags(capsys):
+    for kind in OBJECTIVES.values():
+        assert tyro.cli(kind, args=[]) == kind()
+    flags = ["--divergence", "alpha_divergence", "--divergence-alpha", "0.3", "--wpo", "--ld-alpha", "0.5"]
+    assert tyro.cli(DPO, args=flags) == DPO(divergence="alpha_divergence", divergence_alpha=0.3, wpo=True, ld_alpha=0.5)
+    with pytest.raises(SystemExit):
+        tyro.cli(DPO, args=["--divergence", "kl"])
+
+
 def test_a_reward_tie_is_no_win():
     _, metrics = DPO()(ranked([-2.0, -2.0, -5.0]))
     assert float(metrics["rewards/accuracies"]) == pytest.approx(2 / 3)
