@@ -1,7 +1,8 @@
 """Train a recipe: python launch/train.py configs/RECIPE.py --output RUN [--field.subfield VALUE ...]
 
-The same command again resumes. configs/RECIPE.py --help lists every field with its value in that recipe. On several
-hosts start the same command on each (launch/tpu_pod.sh, launch/slurm.sbatch, launch/gke.sh do).
+The same command again resumes. configs/RECIPE.py --help lists every field with its value in that recipe, and
+--list-objectives alone every objective with its options, formula and source. On several hosts start the same command on
+each (launch/tpu_pod.sh, launch/slurm.sbatch, launch/gke.sh do).
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from mmrlhf_jax.training.recipe import Recipe, read_recipe
 
 
 def main() -> None:
+    if sys.argv[1:] == ["--list-objectives"]:
+        from mmrlhf_jax.objectives.listing import listing
+
+        print(listing())
+        return
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print((__doc__ or "").strip())
         sys.exit(0 if sys.argv[1:2] in (["-h"], ["--help"]) else 2)

@@ -8,6 +8,7 @@ code.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,8 @@ class GroupBatch:
     rank, score       i32, f32 [B, K]
     row               i32  [B]                   index into the dataset; EMPTY = filler
     total_*           f32  []                    of the whole optimizer step: what losses are divided by
+    changed           bool [N, K, S]             [j, s]: this token's response does not share it with response j; None
+                                                 where no objective reads it
     """
 
     tiles: Any
@@ -68,6 +71,7 @@ class GroupBatch:
     total_tokens: Any
     total_groups: Any
     total_ties: Any
+    changed: Any = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class Entry:
     """One group ready to be packed: its arrays and what is known about its k responses.
 
     pair_weight, pair_margin, tie_weight f32 [k, k] (ties None: there are none); rank i32 [k]; score f32 [k];
-    reference: per response f32 [R], or None.
+    reference: per response f32 [R], or None; changed: per response bool [k, R], [j, t] iff response j does not have its
+    token t, or None.
     """
 
     row: int
@@ -97,6 +102,7 @@ class Entry:
     score: np.ndarray
     reference: tuple[np.ndarray, ...] | None = None
     tie_weight: np.ndarray | None = None
+    changed: Sequence[np.ndarray] | None = None
 
 
 def pack(
@@ -109,14 +115,19 @@ def pack(
     tile_size: int,
     pad_token: int = 0,
     separate: bool = False,
+    changed: bool = False,
 ) -> GroupBatch:
     """Packs `entries` (None = filler) into numpy arrays of the bucket's shape.
 
-    `responses` is K. With `separate` each of an entry's responses gets a row of its own (pairs mode, k = K = 2). Raises
-    ValueError naming the dataset row when a group does not fit: nothing is ever cut.
+    `responses` is K. With `separate` each of an entry's responses gets a row of its own (pairs mode, k = K = 2);
+    `changed` adds what every entry's `changed` says. Raises ValueError naming the dataset row when a group does not
+    fit: nothing is ever cut.
     """
     rows_each = responses if separate else 1
     batch = _blank(len(entries), rows_each, bucket, responses, tile_size, pad_token, totals)
+    if changed:
+        nothing = np.zeros((len(batch.loss_weight), responses, bucket.response), bool)
+        batch = dataclasses.replace(batch, changed=nothing)
     for b, entry in enumerate(entries):
         if entry is None:
             continue
@@ -198,5 +209,9 @@ def _fill_row(
         batch.loss_weight[n, at:end] = tokens.loss_weight
         if entry.reference is not None:
             batch.reference_logp[n, at:end] = entry.reference[i]
+        if batch.changed is not None:
+            if entry.changed is None:
+                raise ValueError(f"row {entry.row}: nothing says which tokens its responses do not share")
+            batch.changed[n, : len(entry.changed), at:end] = entry.changed[i]
         batch.branch_end[n, slot] = p + end - 1
         at = end

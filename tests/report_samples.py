@@ -17,8 +17,8 @@ from mmrlhf_jax.data.datasets import Dataset, open_dataset
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.data.rewards import REWARD, GroupReward, content_of, note_command
 from mmrlhf_jax.data.sources.rows import SourceOptions
-from mmrlhf_jax.objectives import MMDPO
-from mmrlhf_jax.training.recipe import Objective, Recipe, as_json
+from mmrlhf_jax.objectives import MMDPO, Objective
+from mmrlhf_jax.training.recipe import Recipe, as_json
 
 MAPPING = {"id": "id", "image": "image", "prompt": "question", "responses": "answers", "rank": "rank", "score": "score"}
 

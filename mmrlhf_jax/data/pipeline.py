@@ -18,11 +18,12 @@ from absl import flags
 
 from mmrlhf_jax.batch import EMPTY, Entry, GroupBatch, Totals, pack
 from mmrlhf_jax.data.buckets import ItemLengths
+from mmrlhf_jax.data.diff import Segments, changed_tokens
 from mmrlhf_jax.data.media import decode
 from mmrlhf_jax.data.plan import ItemWeights, MicroBatch, StepPlan
 from mmrlhf_jax.data.ranking import pairs_of
 from mmrlhf_jax.data.rewards import with_scores
-from mmrlhf_jax.groups import Bucket, Group, Lengths, Rendered, Renderer
+from mmrlhf_jax.groups import Branch, Bucket, Group, Lengths, Rendered, Renderer
 
 Pairing = Literal["groups", "pairs"]
 Mean = Literal["pairs", "groups"]
@@ -62,10 +63,18 @@ class Selection:
     """every pair must have a margin"""
     critiques: bool = False
     """responses with a reason are of use by themselves: their groups stay where there is no pair"""
+    visits: bool = False
+    """every response of a pair must have a score that counts visits"""
+    changed: Segments | None = None
+    """the rule by which tokens that two responses do not share are found; None: nothing reads them"""
 
 
 class MissingMargin(ValueError):
     """A pair has no margin where the objective needs one."""
+
+
+class MissingVisits(ValueError):
+    """A response of a pair has no count of visits where the objective needs one."""
 
 
 def select(
@@ -79,6 +88,8 @@ def select(
     rows = range(len(groups)) if rows is None else rows
     if selection.margins:
         check_margins([groups[row] for row in rows])
+    if selection.visits:
+        check_visits([groups[row] for row in rows])
     for row in rows:
         group, length = groups[row], lengths[row]
         found = _items_of(row, group, selection)
@@ -158,6 +169,21 @@ def check_margins(groups: Sequence[Group]) -> None:
         )
 
 
+def check_visits(groups: Sequence[Group]) -> None:
+    """Raises MissingVisits when a response of a pair has no score, or a negative one."""
+
+    def bare(group: Group) -> bool:
+        scores = [group.responses[i].score for pair in group.pairs for i in (pair.chosen, pair.rejected)]
+        return any(score is None or score < 0 for score in scores)
+
+    if without := [group for group in groups if bare(group)]:
+        where = ", ".join(str(group.origins[0]) for group in without[:3]) + (", ..." if len(without) > 3 else "")
+        raise MissingVisits(
+            f"{len(without)} of {len(groups)} groups have a response without a count of visits ({where}); this "
+            "objective reads them as the responses' scores, at least 0: prepare with --source mapped --map score=..."
+        )
+
+
 class GroupSource(Protocol):
     """What a loader reads: a dataset, or groups at hand. Picklable."""
 
@@ -201,6 +227,7 @@ class Loader:
             tokens_per_tile=self.renderer.tokens_per_tile,
             tile_size=self.renderer.tile_size,
             separate=self.selection.pairing == "pairs",
+            changed=self.selection.changed is not None,
         )
 
     def entry(self, item: Item) -> Entry:
@@ -210,6 +237,8 @@ class Loader:
             group = with_scores(group, self.scores[item.row])
         whole = self.renderer.render(group, decode)
         taken = [group.responses[i] for i in item.responses]
+        branches = tuple(whole.branches[i] for i in item.responses)
+        rule = self.selection.changed
         return Entry(
             row=item.row,
             rendered=Rendered(
@@ -217,7 +246,7 @@ class Loader:
                 whole.prompt,
                 whole.tap_index,
                 whole.tap_weight,
-                tuple(whole.branches[i] for i in item.responses),
+                branches,
             ),
             pair_weight=pair_weights(group, item, self.selection),
             pair_margin=self._margins(group, item),
@@ -225,7 +254,14 @@ class Loader:
             rank=np.array([response.rank for response in taken], np.int32),
             score=np.array([response.score or 0.0 for response in taken], np.float32),
             reference=self._reference(item, whole),
+            changed=None if rule is None else self._changed(item, branches, rule),
         )
+
+    def _changed(self, item: Item, branches: Sequence[Branch], rule: Segments) -> list[np.ndarray]:
+        try:
+            return changed_tokens([branch.token for branch in branches], rule)
+        except ValueError as error:
+            raise ValueError(f"{self.dataset.path}, row {item.row}: {error}") from error
 
     def _margins(self, group: Group, item: Item) -> np.ndarray:
         place = {response: slot for slot, response in enumerate(item.responses)}

@@ -31,6 +31,38 @@ def token_logps(
     chunk takes an equal part from each of them. Temporary memory: B * S * chunk * 4 bytes.
     """
     vocab = unembed.shape[0]
+    table, token = _split(unembed, chunk, shards)
+    logp, entropy = _chunked(hidden, table, target, token, vocab)
+    return TokenLogps(logp, jax.lax.stop_gradient(entropy))
+
+
+def log_collisions(hidden: jax.Array, unembed: jax.Array, *, chunk: int = 8192, shards: int = 1) -> jax.Array:
+    """log sum_v p(v)^2 f32 [B, S] under softmax(hidden @ unembed.T): how likely two draws are the same token. Without
+    gradient; arguments and memory as in `token_logps`, and a pass over the vocabulary of its own."""
+    vocab, hidden = unembed.shape[0], jax.lax.stop_gradient(hidden)
+    table, token = _split(jax.lax.stop_gradient(unembed), chunk, shards)
+
+    def fold(carry, chunk):
+        peak, total, squares = carry
+        rows, ids = chunk
+        logits = _logits(hidden, rows, ids, vocab)
+        higher = jnp.maximum(peak, jnp.max(logits, axis=(-2, -1)))
+        shrink = jnp.exp(peak - higher)
+        weight = jnp.exp(logits - higher[..., None, None])
+        return (
+            higher,
+            total * shrink + jnp.sum(weight, axis=(-2, -1)),
+            squares * shrink**2 + jnp.sum(weight**2, axis=(-2, -1)),
+        ), None
+
+    zero = jnp.zeros(hidden.shape[:-1], jnp.float32)
+    (_, total, squares), _ = jax.lax.scan(fold, (jnp.full_like(zero, -1e30), zero, zero), (table, token))
+    return jnp.log(squares) - 2 * jnp.log(total)
+
+
+def _split(unembed: jax.Array, chunk: int, shards: int) -> tuple[jax.Array, jax.Array]:
+    """The table [chunks, shards, rows, D], and which token each of its rows unembeds, i32 [chunks, shards, rows]."""
+    vocab = unembed.shape[0]
     least = -(-vocab // chunk)
     # a count that divides the vocabulary saves a padded copy of the whole table
     chunks = next((n for n in range(least, 2 * least) if vocab % (n * shards) == 0), least)
@@ -41,9 +73,7 @@ def token_logps(
     # [chunks, shards, rows, D]: scanning over chunks leaves every shard's rows where they are
     table = unembed.reshape(shards, chunks, rows, -1).swapaxes(0, 1)
     first = (jnp.arange(chunks) * rows)[:, None] + jnp.arange(shards) * chunks * rows
-    token = first[:, :, None] + jnp.arange(rows)  # [chunks, shards, rows]: which token each row unembeds
-    logp, entropy = _chunked(hidden, table, target, token, vocab)
-    return TokenLogps(logp, jax.lax.stop_gradient(entropy))
+    return table, first[:, :, None] + jnp.arange(rows)
 
 
 def _logits(hidden: jax.Array, rows: jax.Array, token: jax.Array, vocab: int) -> jax.Array:

@@ -25,7 +25,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from mmrlhf_jax.objectives.preference import in_some_pair
+from mmrlhf_jax.objectives.pairs import Tokens, in_some_pair
 from mmrlhf_jax.objectives.totals import StepTotals
 
 
@@ -39,11 +39,19 @@ class RewardInputs:
     pair_weight: jax.Array  # f32 [B, K, K], [i, j] > 0 iff i is preferred to j, else 0
     tie_weight: jax.Array  # f32 [B, K, K], [i, j] > 0 iff i and j are tied and i < j, else 0
     totals: StepTotals
+    pair_margin: jax.Array | None = None  # f32 [B, K, K], how much better the data says i is; 0 where there is no pair
+    token_score: jax.Array | None = None  # f32 [B, T], read at every token
+    tokens: Tokens | None = None  # whose tokens they are; log-probs are not read
 
 
 @dataclass(frozen=True)
 class CritiqueReward:
-    """Bradley-Terry over all pairs, centring, ties, and the negative log-likelihood of the critiques."""
+    """Bradley-Terry over all pairs, centring, ties, and the negative log-likelihood of the critiques.
+
+    Formula: bradley_terry * -log sigmoid(r_i - r_j) + centre * (r_i + r_j)^2 + tie * (r_i - r_j)^2 over ties
+    + critique * NLL(critiques).
+    Source: https://arxiv.org/abs/2502.10391, section 3.
+    """
 
     critique: float = 1.0
     """Weight of the token-mean negative log-likelihood of the critiques."""
@@ -59,12 +67,12 @@ class CritiqueReward:
     needs_step_statistics: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_weights(self, critique=self.critique, bradley_terry=self.bradley_terry, centre=self.centre, tie=self.tie)
+        check_weights(self, critique=self.critique, bradley_terry=self.bradley_terry, centre=self.centre, tie=self.tie)
 
     def __call__(self, inputs: RewardInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss f32 [] and metrics f32 []; both add up over the micro-batches of a step."""
         terms, metrics = score_terms(inputs)
-        logp_per_token = _per_total(scored_sum(inputs.logp, inputs.loss_weight), inputs.totals.tokens)
+        logp_per_token = per_total(scored_sum(inputs.logp, inputs.loss_weight), inputs.totals.tokens)
         loss = (
             self.bradley_terry * terms.bradley_terry
             + self.centre * terms.centre
@@ -76,7 +84,11 @@ class CritiqueReward:
 
 @dataclass(frozen=True)
 class ScalarReward:
-    """Bradley-Terry over all pairs, centring and ties: a reward model that writes no critique."""
+    """Bradley-Terry over all pairs, centring and ties: a reward model that writes no critique.
+
+    Formula: -log sigmoid(r_i - r_j) + centre * (r_i + r_j)^2 + tie * (r_i - r_j)^2 over ties.
+    Source: Bradley-Terry as https://arxiv.org/abs/2203.02155 trains it; centring https://arxiv.org/abs/2312.09244.
+    """
 
     centre: float = 0.01
     """Weight of (s_i + s_j)^2, mean over pairs; holds scores around zero, which pairs alone leave open."""
@@ -88,7 +100,7 @@ class ScalarReward:
     needs_step_statistics: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_weights(self, centre=self.centre, tie=self.tie)
+        check_weights(self, centre=self.centre, tie=self.tie)
 
     def __call__(self, inputs: RewardInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss f32 [] and metrics f32 []; both add up over the micro-batches of a step. `logp` and `loss_weight` are
@@ -115,12 +127,12 @@ def score_terms(inputs: RewardInputs) -> tuple[ScoreTerms, dict[str, jax.Array]]
     difference = better - worse
 
     def mean(per_pair: jax.Array) -> jax.Array:
-        return _per_total((inputs.pair_weight * per_pair).sum(), inputs.totals.pair_weight)
+        return per_total((inputs.pair_weight * per_pair).sum(), inputs.totals.pair_weight)
 
     terms = ScoreTerms(
         bradley_terry=mean(-jax.nn.log_sigmoid(difference)),
         centre=mean((better + worse) ** 2),
-        tie=_per_total((inputs.tie_weight * difference**2).sum(), inputs.totals.ties),
+        tie=per_total((inputs.tie_weight * difference**2).sum(), inputs.totals.ties),
     )
     metrics = {
         "loss/bradley_terry": terms.bradley_terry,
@@ -139,14 +151,14 @@ def scored_sum(logp: jax.Array, loss_weight: jax.Array) -> jax.Array:
     return (loss_weight * jnp.where(loss_weight != 0, logp, 0)).sum()
 
 
-def _per_total(value: jax.Array, total: jax.Array | float) -> jax.Array:
+def per_total(value: jax.Array, total: jax.Array | float) -> jax.Array:
     """`value / total`, and 0 for a step that has none of it: without ties it still trains on its pairs."""
     # Divided by a safe number first: the gradient of a division by 0 is NaN even where it is not selected.
     there = total > 0
     return jnp.where(there, value / jnp.where(there, total, 1), 0)
 
 
-def _check_weights(objective: object, **weights: float) -> None:
+def check_weights(objective: object, **weights: float) -> None:
     for name, value in weights.items():
         if not 0 <= value < math.inf:
             raise ValueError(f"{type(objective).__name__}: {name} must be at least 0 and finite, got {value}")

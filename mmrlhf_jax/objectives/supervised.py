@@ -23,7 +23,11 @@ class SupervisedInputs:
 
 @dataclass(frozen=True)
 class Supervised:
-    """-sum(loss_weight * logp) / totals.tokens: the token mean over the whole step, not a mean of row means."""
+    """Supervised fine-tuning: the token mean over the whole step, not a mean of row means.
+
+    Formula: -sum(loss_weight * log policy) / sum(loss_weight).
+    Source: maximum likelihood.
+    """
 
     needs_margin: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False

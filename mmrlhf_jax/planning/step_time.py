@@ -21,7 +21,7 @@ from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.cost import Flops, GroupShape, group_flops
 from mmrlhf_jax.nn.devices import Accelerator
 from mmrlhf_jax.nn.sharding import AnyMesh
-from mmrlhf_jax.objectives import ScalarReward
+from mmrlhf_jax.objectives import ScoreObjective
 from mmrlhf_jax.training.memory import Local, gathered_bytes, local_part
 from mmrlhf_jax.training.planning import AbstractRun, abstract_run, bytes_per_device
 from mmrlhf_jax.training.recipe import Recipe
@@ -74,7 +74,7 @@ def step_flops(recipe: Recipe, config: LlavaOnevisionConfig, bucket: Bucket, res
             bucket.tiles,
             bucket.prompt,
             split_evenly(bucket.response, responses),
-            scored=0 if isinstance(recipe.objective, ScalarReward) else None,  # which asks for no token's probability
+            scored=0 if isinstance(recipe.objective, ScoreObjective) else None,  # which asks for no token's probability
         ),
         decoder=rate_of("decoder", rates) > 0 and not recipe.lora.rank,
         tower=rate_of("tower", rates) > 0 and not recipe.lora.rank,

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, MMDPOReleasedFactor
+from mmrlhf_jax.objectives import DPO, MMDPO, MMDPOReleasedBatch, MMDPOReleasedFactor, Objective
 from mmrlhf_jax.objectives.preference import RELEASED_BETA_FLOOR
 from mmrlhf_jax.report.charts import details
 from mmrlhf_jax.report.markup import Markup, element, fragment
 from mmrlhf_jax.report.metrics import key_of
 from mmrlhf_jax.report.scales import HUGE, Scale, extent, figure, round_step, tick_label, ticks
-from mmrlhf_jax.training.recipe import Objective
 
 BARS = 30
 POINTS = 121

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from mmrlhf_jax.objectives import OBJECTIVES
-from mmrlhf_jax.training.recipe import Objective, Recipe, flatten
+from mmrlhf_jax.objectives import OBJECTIVES, Objective
+from mmrlhf_jax.training.recipe import Recipe, flatten
 from mmrlhf_jax.training.run import RunDirectory
 
 NO_METRICS = {"step", "rows"}  # of a line of metrics.jsonl: which step, which rows of the dataset

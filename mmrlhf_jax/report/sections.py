@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from mmrlhf_jax.groups import Group
+from mmrlhf_jax.objectives import RewardObjective
 from mmrlhf_jax.report import setup
 from mmrlhf_jax.report.answers import AnswersFile, in_all
 from mmrlhf_jax.report.beta_map import Rule, beta_chart, beta_of, rule_in_words
@@ -22,7 +23,6 @@ from mmrlhf_jax.report.pictures import Album
 from mmrlhf_jax.report.runs import Run
 from mmrlhf_jax.report.scales import drawable, figure
 from mmrlhf_jax.training.model import absolute
-from mmrlhf_jax.training.recipe import RewardObjective
 
 MOST_SCORINGS = 8
 

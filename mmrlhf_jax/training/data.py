@@ -21,7 +21,7 @@ from mmrlhf_jax.data.rewards import stored_scores, with_scores
 from mmrlhf_jax.groups import Bucket, Group, Lengths, Renderer
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.nn.sharding import BatchShare
-from mmrlhf_jax.objectives import CritiqueReward, Supervised
+from mmrlhf_jax.objectives import DDPO, CritiqueReward, Supervised, VisitDPO
 from mmrlhf_jax.training.held_out import HeldOut, held_out_rows, with_totals
 from mmrlhf_jax.training.recipe import DataConfig, Recipe
 
@@ -47,6 +47,8 @@ def selection_of(recipe: Recipe) -> Selection:
         kept=recipe.data.responses,
         margins=recipe.objective.needs_margin,
         critiques=isinstance(recipe.objective, CritiqueReward),
+        visits=isinstance(recipe.objective, VisitDPO),
+        changed=recipe.objective.segments if isinstance(recipe.objective, DDPO) else None,
     )
 
 

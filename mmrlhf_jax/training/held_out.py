@@ -21,8 +21,16 @@ from mmrlhf_jax.groups import Group
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.nn.sharding import replicated
-from mmrlhf_jax.objectives import DPO, MMDPOReleasedBatch
-from mmrlhf_jax.training.recipe import Objective
+from mmrlhf_jax.objectives import (
+    AOT,
+    DPO,
+    AOTUnpaired,
+    BetaDPO,
+    LLaVARLHFReward,
+    MMDPOReleasedBatch,
+    Objective,
+    ScalarReward,
+)
 from mmrlhf_jax.training.runtime import to_devices
 from mmrlhf_jax.training.state import TrainState, combine
 from mmrlhf_jax.training.step import loss_and_metrics, metric_names
@@ -61,8 +69,10 @@ def _place(group: Group, seed: int) -> float:
 
 def evaluated_as(objective: Objective) -> Objective:
     """The objective whose loss is reported: its own, unless its loss is no sum over pairs but hangs on which pairs
-    share a batch; such a one is evaluated as DPO at its base beta."""
-    if isinstance(objective, MMDPOReleasedBatch):
+    share a batch; such a one is evaluated as DPO at its base beta, or as plain Bradley-Terry."""
+    if isinstance(objective, LLaVARLHFReward):
+        return ScalarReward(centre=0.0, tie=0.0)
+    if isinstance(objective, MMDPOReleasedBatch | BetaDPO | AOT | AOTUnpaired):
         return DPO(beta=objective.beta, gamma=objective.gamma)
     return objective
 

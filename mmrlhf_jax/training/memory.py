@@ -17,7 +17,7 @@ from mmrlhf_jax.nn.attention import QUERY_BLOCK, TIERS, choose_backend
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.remat import RematRung
 from mmrlhf_jax.nn.sharding import BATCH_AXES, AnyMesh
-from mmrlhf_jax.objectives import ScalarReward
+from mmrlhf_jax.objectives import ScoreObjective
 from mmrlhf_jax.training.planning import AbstractRun, abstract_batch, abstract_run, bytes_per_device
 from mmrlhf_jax.training.recipe import Recipe
 from mmrlhf_jax.training.state import combine, first_moment, rate_of
@@ -143,7 +143,7 @@ def _passing(
         {**gradients, **layers, **features, "at work on one decoder layer": layer * (3 if decoder else 2)
          + _working_decoder_layer(recipe, config, bucket, local, platform)},
     ]  # fmt: skip
-    if not isinstance(recipe.objective, ScalarReward):  # which reads no log-probs
+    if not isinstance(recipe.objective, ScoreObjective):  # which reads no log-probs
         vocabulary = _working_vocabulary(recipe, config, bucket, local, run)
         moments.append({**layers, **features, "at work on the vocabulary": vocabulary})
     return max(moments, key=lambda held: sum(held.values()))

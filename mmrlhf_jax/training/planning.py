@@ -21,7 +21,8 @@ from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.remat import leaner
 from mmrlhf_jax.nn.sharding import BATCH_AXES, AnyMesh, batch_sharding, replicated
-from mmrlhf_jax.training.recipe import INFERENCE, Recipe, RewardObjective
+from mmrlhf_jax.objectives import DDPO, RewardObjective
+from mmrlhf_jax.training.recipe import INFERENCE, Recipe
 from mmrlhf_jax.training.setup import compute_of
 from mmrlhf_jax.training.state import (
     TrainState,
@@ -55,8 +56,10 @@ def config_of(recipe: Recipe, config: LlavaOnevisionConfig) -> LlavaOnevisionCon
     return config
 
 
-def abstract_batch(bucket: Bucket, responses: int, config: LlavaOnevisionConfig, mesh: AnyMesh) -> GroupBatch:
-    """The batch of a bucket as shapes with shardings."""
+def abstract_batch(
+    bucket: Bucket, responses: int, config: LlavaOnevisionConfig, mesh: AnyMesh, *, changed: bool = False
+) -> GroupBatch:
+    """The batch of a bucket as shapes with shardings; `changed`: with what responses do not share."""
     one = Bucket(1, bucket.tiles, bucket.prompt, bucket.response)
     filler = pack(
         [None],
@@ -65,6 +68,7 @@ def abstract_batch(bucket: Bucket, responses: int, config: LlavaOnevisionConfig,
         responses=responses,
         tokens_per_tile=config.tokens_per_tile,
         tile_size=config.tower.image_size,
+        changed=changed,
     )
     split, whole = batch_sharding(mesh), replicated(mesh)
 
@@ -127,7 +131,7 @@ def trace_accumulate(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.sums)
     step = make_accumulate(config, compute, recipe.objective, sums_sharding=Sums(shardings.gradients, replicated(mesh)))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = abstract_batch(bucket, responses, config, mesh)
+    batch = abstract_batch(bucket, responses, config, mesh, changed=isinstance(recipe.objective, DDPO))
     with jax.set_mesh(mesh):
         return step.trace(run.state.trainable, run.state.frozen, run.reference, run.sums, batch, key)
 

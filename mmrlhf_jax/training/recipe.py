@@ -18,19 +18,17 @@ from mmrlhf_jax.nn.attention import Backend
 from mmrlhf_jax.nn.remat import RematRung
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules
 from mmrlhf_jax.objectives import (
-    DPO,
+    AOT,
     MMDPO,
-    CritiqueReward,
-    MMDPOReleasedBatch,
-    MMDPOReleasedFactor,
-    ScalarReward,
+    AOTUnpaired,
+    Objective,
+    PlackettLuce,
+    RewardObjective,
+    ScoreObjective,
     Supervised,
 )
 
 SLOTS_OF_UNKNOWN = 8192  # a device forwards at once, if its memory is not known
-
-RewardObjective = CritiqueReward | ScalarReward
-Objective = Supervised | DPO | MMDPO | MMDPOReleasedFactor | MMDPOReleasedBatch | CritiqueReward | ScalarReward
 
 
 @dataclass(frozen=True)
@@ -211,14 +209,20 @@ class Recipe:
             raise ValueError("data.pairing = 'pairs' is for preference objectives; supervised fine-tuning has no pairs")
         if supervised and self.data.mean != "pairs":
             raise ValueError("data.mean = 'groups' weighs pairs; supervised fine-tuning is a mean over tokens")
-        if (supervised or reward) and self.reference != "stored":
+        if self.data.mean != "pairs" and isinstance(self.objective, AOT | AOTUnpaired | PlackettLuce):
+            name = type(self.objective).__name__
+            raise ValueError(f"data.mean = 'groups' weighs pairs, which {name} does not: leave it at 'pairs'")
+        if not self.objective.needs_reference and self.reference != "stored":
             raise ValueError(f"reference = {self.reference!r} costs a second forward that this objective never reads")
         if self.margins != "data" and not self.objective.needs_margin:
             raise ValueError(f"margins = {self.margins!r}: {type(self.objective).__name__} reads no margins")
         if self.reward != RewardConfig() and not reward:
-            raise ValueError("reward.* is for reward models: set objective to CritiqueReward or ScalarReward")
-        if self.reward.template and isinstance(self.objective, ScalarReward):
-            raise ValueError("reward.template is the prompt of a critique, which ScalarReward does without")
+            raise ValueError(
+                "reward.* is for reward models: set objective to CritiqueReward, ScalarReward or another of them"
+            )
+        if self.reward.template and isinstance(self.objective, ScoreObjective):
+            name = type(self.objective).__name__
+            raise ValueError(f"reward.template is the prompt of a critique, which {name} does without")
         if self.lora.rank < 0 or self.lora.alpha <= 0:
             raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
         if self.reference == "lora_off" and not self.lora.rank:

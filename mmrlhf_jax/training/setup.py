@@ -25,11 +25,11 @@ from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn.attention import choose_backend
 from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import replicated
-from mmrlhf_jax.objectives import CritiqueReward
+from mmrlhf_jax.objectives import CritiqueReward, RewardObjective
 from mmrlhf_jax.training import recipe as recipes
 from mmrlhf_jax.training.distributed import check_agreement, is_speaker, say, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel, absolute, check_family, load_model, with_fresh_head
-from mmrlhf_jax.training.recipe import INFERENCE, Recipe, RewardObjective
+from mmrlhf_jax.training.recipe import INFERENCE, Recipe
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, abstract_of, write_text
 from mmrlhf_jax.training.state import (
     TrainState,

@@ -6,6 +6,7 @@ was cut. A kernel's gradient is differentiated in the dtype it is multiplied in,
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,23 +15,36 @@ import optax
 from flax import struct
 
 from mmrlhf_jax.batch import GroupBatch
-from mmrlhf_jax.models.critique_reward.model import scores, scores_and_logps
+from mmrlhf_jax.models.critique_reward.model import scores, scores_and_logps, scores_of_tokens
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
-from mmrlhf_jax.models.llava_onevision.model import Compute, branch_sums, response_logps, tower_features
+from mmrlhf_jax.models.llava_onevision.model import (
+    Compute,
+    branch_sums,
+    collisions_of,
+    hidden_states,
+    logps_of,
+    response_logps,
+    tower_features,
+)
 from mmrlhf_jax.nn.compiler import compiler_options
 from mmrlhf_jax.nn.params import map_named
 from mmrlhf_jax.nn.sharding import constrain
 from mmrlhf_jax.objectives import (
     CritiqueReward,
+    Objective,
+    Pairwise,
     PreferenceInputs,
     RewardInputs,
-    ScalarReward,
+    RewardObjective,
+    ScoreObjective,
     StepTotals,
     Supervised,
     SupervisedInputs,
+    Tokens,
+    TokenwiseReward,
 )
-from mmrlhf_jax.training.recipe import Objective, RewardObjective
 from mmrlhf_jax.training.state import TrainState, combine
+from mmrlhf_jax.training.tokens import group_tokens
 
 
 @struct.dataclass
@@ -68,17 +82,21 @@ def loss_and_metrics(
         groups=batch.total_groups,
         ties=batch.total_ties,
     )
-    if isinstance(objective, ScalarReward):
-        score = scores(params, config, batch, compute)
-        loss, metrics = objective(_reward_inputs(score, None, batch, totals))
+    if isinstance(objective, ScoreObjective):
+        score, inputs = _scored(params, batch, totals, config, compute, objective)
+        loss, metrics = objective(inputs)
         return loss, ({"loss": loss, **metrics}, _seen(batch, _of_responses(score, batch)))
     features = None  # of the tower, where policy and reference share one
     if reference is not None and reference.tower is None and batch.tiles.shape[1]:
         features = tower_features(params, config, batch.tiles, compute)
+    collision = None
     if isinstance(objective, CritiqueReward):
         score, (logp, entropy) = scores_and_logps(params, config, batch, compute)
     else:
-        logp, entropy = response_logps(params, config, batch, compute, features)
+        hidden = hidden_states(params, config, batch, compute, features)
+        logp, entropy = logps_of(params, hidden, batch, compute)
+        if isinstance(objective, Pairwise) and objective.wpo:
+            collision = collisions_of(params, hidden, batch, compute)
     scored = batch.loss_weight != 0
     logp = jnp.where(scored, logp, 0.0)  # padding may hold anything
     summed = branch_sums(batch.loss_weight * logp, batch)
@@ -91,18 +109,51 @@ def loss_and_metrics(
         reference_logp = batch.reference_logp
         if reference is not None:
             reference_logp = jax.lax.stop_gradient(response_logps(reference, config, batch, compute, features).logp)
-        inputs = PreferenceInputs(
-            logp=summed,
-            reference_logp=branch_sums(jnp.where(scored, batch.loss_weight * reference_logp, 0.0), batch),
-            length=branch_sums(batch.loss_weight, batch),
-            pair_weight=batch.pair_weight,
-            pair_margin=batch.pair_margin,
-            totals=totals,
-            key=key,
-        )
-        loss, metrics = objective(inputs)
+        loss, metrics = objective(_preference_inputs(logp, summed, reference_logp, collision, batch, totals, key))
     entropy = jnp.sum(jnp.where(scored, entropy, 0.0)) / jnp.maximum(batch.total_tokens, 1.0)
     return loss, ({"loss": loss, **metrics, "entropy": entropy}, _seen(batch, summed))
+
+
+def _scored(
+    params: Any,
+    batch: GroupBatch,
+    totals: StepTotals,
+    config: LlavaOnevisionConfig,
+    compute: Compute,
+    objective: ScoreObjective,
+) -> tuple[jax.Array, RewardInputs]:
+    """Scores f32 [B, K], and the inputs of an objective that reads scores alone."""
+    if not isinstance(objective, TokenwiseReward):
+        score = scores(params, config, batch, compute)
+        return score, _reward_inputs(score, None, batch, totals)
+    score, token_score = scores_of_tokens(params, config, batch, compute)
+    none = jnp.zeros_like(token_score)
+    inputs = _reward_inputs(score, None, batch, totals)
+    tokens = group_tokens(batch, none, none)
+    return score, dataclasses.replace(inputs, tokens=tokens, token_score=token_score.reshape(tokens.token.shape))
+
+
+def _preference_inputs(
+    logp: jax.Array,
+    summed: jax.Array,
+    reference_logp: jax.Array,
+    collision: jax.Array | None,
+    batch: GroupBatch,
+    totals: StepTotals,
+    key: jax.Array,
+) -> PreferenceInputs:
+    scored = batch.loss_weight != 0
+    return PreferenceInputs(
+        logp=summed,
+        reference_logp=branch_sums(jnp.where(scored, batch.loss_weight * reference_logp, 0.0), batch),
+        length=branch_sums(batch.loss_weight, batch),
+        pair_weight=batch.pair_weight,
+        pair_margin=batch.pair_margin,
+        totals=totals,
+        key=key,
+        score=batch.score,
+        tokens=group_tokens(batch, logp, reference_logp, collision),
+    )
 
 
 def _reward_inputs(score: jax.Array, logp: jax.Array | None, batch: GroupBatch, totals: StepTotals) -> RewardInputs:
@@ -114,6 +165,7 @@ def _reward_inputs(score: jax.Array, logp: jax.Array | None, batch: GroupBatch, 
         pair_weight=batch.pair_weight,
         tie_weight=batch.tie_weight,
         totals=totals,
+        pair_margin=batch.pair_margin,
     )
 
 
@@ -172,15 +224,17 @@ def metric_names(objective: Objective) -> tuple[str, ...]:
 
     def metrics() -> dict[str, jax.Array]:
         one, row, pair = jnp.ones(()), jnp.ones((1, 2)), jnp.ones((1, 2, 2))
+        slot = jnp.zeros((1, 2), jnp.int32)
+        tokens = Tokens(slot, slot, row, row, row, changed=pair > 0, collision=row)
         totals = StepTotals(one, one, one, one, one)
         if isinstance(objective, Supervised):
             return objective(SupervisedInputs(row, row, totals))[1]
         if isinstance(objective, RewardObjective):
-            return objective(RewardInputs(row, row, row, pair, pair, totals))[1]
-        return objective(PreferenceInputs(row, row, row, pair, pair, totals, jax.random.key(0)))[1]
+            return objective(RewardInputs(row, row, row, pair, pair, totals, pair, row, tokens))[1]
+        return objective(PreferenceInputs(row, row, row, pair, pair, totals, jax.random.key(0), row, tokens))[1]
 
     names = ("loss", *jax.eval_shape(metrics))
-    return names if isinstance(objective, ScalarReward) else (*names, "entropy")
+    return names if isinstance(objective, ScoreObjective) else (*names, "entropy")
 
 
 def make_zero_sums(trainable: Any, metric_names: tuple[str, ...], *, sums_sharding: Any) -> jax.stages.Wrapped:

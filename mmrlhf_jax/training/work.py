@@ -19,7 +19,7 @@ from mmrlhf_jax.groups import Lengths
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.cost import GroupShape, group_flops, pairs_flops
 from mmrlhf_jax.nn.devices import accelerator
-from mmrlhf_jax.objectives import ScalarReward
+from mmrlhf_jax.objectives import ScoreObjective
 from mmrlhf_jax.training.data import RunData
 from mmrlhf_jax.training.recipe import Recipe
 
@@ -62,7 +62,7 @@ def item_cost(
     """Tokens and operations of one item, whose group has these lengths and of which these responses take part."""
     responses = tuple(lengths.responses[k] for k in chosen)
     scored = sum((lengths.scored or lengths.responses)[k] for k in chosen)
-    if isinstance(recipe.objective, ScalarReward):
+    if isinstance(recipe.objective, ScoreObjective):
         scored = 0  # no token's probability is asked for
     shape = GroupShape(lengths.tiles, lengths.prompt, responses, scored)
     rates, adapters = recipe.optimizer.rates, recipe.lora.rank > 0

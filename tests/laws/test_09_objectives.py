@@ -27,7 +27,8 @@ from mmrlhf_jax.objectives import (
     SupervisedInputs,
     step_totals,
 )
-from mmrlhf_jax.objectives.preference import draw_pairs, drawn_beta, log_ratio, pair_log_ratio
+from mmrlhf_jax.objectives.pairs import log_ratio, pair_log_ratio
+from mmrlhf_jax.objectives.preference import draw_pairs, drawn_beta
 
 GOLDEN = json.loads((Path(__file__).resolve().parents[1] / "data" / "trl_dpo_golden.json").read_text())
 CASES = GOLDEN["cases"]

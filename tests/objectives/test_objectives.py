@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -14,14 +15,12 @@ from mmrlhf_jax.objectives import (
     DPO,
     MMDPO,
     OBJECTIVES,
-    CritiqueReward,
     MMDPOReleasedBatch,
     MMDPOReleasedFactor,
     PreferenceInputs,
-    ScalarReward,
-    Supervised,
     step_totals,
 )
+from mmrlhf_jax.objectives.listing import described, listing
 
 
 def ranked(logp, reference_logp=None, pair_weight=None, length=None) -> PreferenceInputs:
@@ -42,28 +41,67 @@ def ranked(logp, reference_logp=None, pair_weight=None, length=None) -> Preferen
 
 
 def test_names_are_stable_since_recipes_and_checkpoints_hold_them():
-    assert dict(OBJECTIVES) == {
-        "supervised": Supervised,
-        "dpo": DPO,
-        "mmdpo": MMDPO,
-        "mmdpo_released_factor": MMDPOReleasedFactor,
-        "mmdpo_released_batch": MMDPOReleasedBatch,
-        "critique_reward": CritiqueReward,
-        "scalar_reward": ScalarReward,
+    assert {name: kind.__name__ for name, kind in OBJECTIVES.items()} == {
+        "supervised": "Supervised",
+        "dpo": "DPO",
+        "mmdpo": "MMDPO",
+        "mmdpo_released_factor": "MMDPOReleasedFactor",
+        "mmdpo_released_batch": "MMDPOReleasedBatch",
+        "critique_reward": "CritiqueReward",
+        "scalar_reward": "ScalarReward",
+        "sigmoid_norm": "SigmoidNorm",
+        "hinge": "Hinge",
+        "ipo": "IPO",
+        "exo_pair": "EXO",
+        "nca_pair": "NCA",
+        "robust": "RobustDPO",
+        "bco_pair": "BCO",
+        "sppo_hard": "SPPO",
+        "aot": "AOT",
+        "aot_unpaired": "AOTUnpaired",
+        "apo_zero": "APOZero",
+        "apo_down": "APODown",
+        "discopop": "DiscoPOP",
+        "sft": "ChosenNLL",
+        "mpo": "MPO",
+        "beta_dpo": "BetaDPO",
+        "mmpo": "MMPO",
+        "visit_dpo": "VisitDPO",
+        "step_dpo": "StepDPO",
+        "ddpo": "DDPO",
+        "plackett_luce": "PlackettLuce",
+        "refuel": "REFUEL",
+        "selm": "SELM",
+        "margin_reward": "MarginReward",
+        "classification_reward": "ClassificationReward",
+        "llava_rlhf_reward": "LLaVARLHFReward",
+        "tokenwise_reward": "TokenwiseReward",
     }
 
 
 def test_what_each_objective_asks_of_the_trainer():
-    needs = {name: (o.needs_margin, o.needs_reference, o.needs_step_statistics) for name, o in OBJECTIVES.items()}
-    assert needs == {
-        "supervised": (False, False, False),
-        "dpo": (False, True, False),
-        "mmdpo": (True, True, False),
-        "mmdpo_released_factor": (True, True, False),
-        "mmdpo_released_batch": (False, True, True),
-        "critique_reward": (False, False, False),
-        "scalar_reward": (False, False, False),
-    }
+    def those_that(need):
+        return {name for name, kind in OBJECTIVES.items() if getattr(kind, need)}
+
+    assert those_that("needs_margin") == {"mmdpo", "mmdpo_released_factor", "mmpo", "refuel", "margin_reward"}
+    assert OBJECTIVES.keys() - those_that("needs_reference") == {
+        "supervised", "sft", "critique_reward", "scalar_reward", "margin_reward", "classification_reward",
+        "llava_rlhf_reward", "tokenwise_reward",
+    }  # fmt: skip
+    step_wide = {"mmdpo_released_batch", "beta_dpo", "aot", "aot_unpaired", "llava_rlhf_reward"}
+    assert those_that("needs_step_statistics") == step_wide
+
+
+def test_the_listing_gives_name_options_formula_and_source_of_each():
+    page = listing()
+    for name, kind in OBJECTIVES.items():
+        here = described(name)
+        assert here in page
+        assert here.startswith(f"{name}  ({kind.__name__})\n    options: ")
+        assert "\n    Formula: " in here, name
+        assert "\n    Source: " in here, name
+        for field in dataclasses.fields(kind):
+            assert f"{field.name} = {field.default!r}" in here
 
 
 @pytest.mark.parametrize("name", ["dpo", "mmdpo", "mmdpo_released_factor", "mmdpo_released_batch"])
@@ -111,6 +149,15 @@ def test_every_hyperparameter_is_a_flag_with_help(capsys):
         assert flag in text
         assert words in text
     assert "needs-margin" not in text
+
+
+def test_every_objective_is_built_from_its_flags(capsys):
+    for kind in OBJECTIVES.values():
+        assert tyro.cli(kind, args=[]) == kind()
+    flags = ["--divergence", "alpha_divergence", "--divergence-alpha", "0.3", "--wpo", "--ld-alpha", "0.5"]
+    assert tyro.cli(DPO, args=flags) == DPO(divergence="alpha_divergence", divergence_alpha=0.3, wpo=True, ld_alpha=0.5)
+    with pytest.raises(SystemExit):
+        tyro.cli(DPO, args=["--divergence", "kl"])
 
 
 def test_a_reward_tie_is_no_win():

@@ -103,6 +103,16 @@ def scores(params: CritiqueReward, config: LlavaOnevisionConfig, batch: GroupBat
     return branch_scores(params, llava_onevision.hidden_states(params.policy, config, batch, compute), batch)
 
 
+def scores_of_tokens(
+    params: CritiqueReward, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
+) -> tuple[jax.Array, jax.Array]:
+    """Scores f32 [B, K] of every branch, and f32 [N, S] read after each of its tokens; those of padding are garbage."""
+    hidden = llava_onevision.hidden_states(params.policy, config, batch, compute)
+    with jax.named_scope("reward_head"):
+        token_score = read_score(params, hidden[:, batch.tap_index.shape[1] :])
+    return branch_scores(params, hidden, batch), token_score
+
+
 def scores_and_logps(
     params: CritiqueReward, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute
 ) -> tuple[jax.Array, TokenLogps]:

@@ -19,7 +19,7 @@ from mmrlhf_jax.nn.lora import project
 from mmrlhf_jax.nn.params import Param
 from mmrlhf_jax.nn.remat import RematRung
 from mmrlhf_jax.nn.sharding import BATCH_AXES, constrain
-from mmrlhf_jax.nn.token_logps import TokenLogps, token_logps
+from mmrlhf_jax.nn.token_logps import TokenLogps, log_collisions, token_logps
 
 
 @struct.dataclass
@@ -192,6 +192,18 @@ def logps_of(params: LlavaOnevision, hidden: jax.Array, batch: GroupBatch, compu
             picked,
             qwen2.unembedding(params.decoder, picked.dtype),
             batch.token[:, p:],
+            chunk=compute.vocab_chunk,
+            shards=compute.vocab_shards,
+        )
+
+
+def collisions_of(params: LlavaOnevision, hidden: jax.Array, batch: GroupBatch, compute: Compute) -> jax.Array:
+    """log sum_v p(v)^2 f32 [N, S] of the distribution each response token was predicted from, without gradient."""
+    picked = jnp.take_along_axis(hidden, batch.predictor[:, :, None], axis=1)
+    with jax.named_scope("log_collisions"):
+        return log_collisions(
+            picked,
+            qwen2.unembedding(params.decoder, picked.dtype),
             chunk=compute.vocab_chunk,
             shards=compute.vocab_shards,
         )
