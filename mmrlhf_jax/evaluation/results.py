@@ -3,7 +3,8 @@
 results.json   benchmark, settings (everything the figures depend on), remarks, and of each system its figures:
                section -> counts, metrics (null where there is nothing to divide by); written last
 rows.jsonl     one line a row of the input, in its order: id, line, category, lengths (characters of chosen and
-               rejected); with a model rewards [chosen, rejected], right, critiques [of chosen, of rejected]
+               rejected); with a model rewards [chosen, rejected], right, critiques [of chosen, of rejected].
+               Of a benchmark of answers (`questions`): id, line, category, answers and what they were found to be
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -25,6 +26,28 @@ RESULTS, ROWS = "results.json", "rows.jsonl"
 
 Measured = dict[str, dict[str, Any]]
 """Section (a category, `overall`, ...) -> name of a count or metric -> its value."""
+
+
+class Columns(Protocol):
+    """What a table of figures needs to know: `counts` and `metrics` (name -> heading), in order."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def counts(self) -> Sequence[str]: ...
+
+    @property
+    def metrics(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """`Columns`, and nothing else."""
+
+    title: str
+    counts: Sequence[str]
+    metrics: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ def _write(path: epath.Path, text: str) -> None:
     storage.write_whole(path, text.encode())
 
 
-def table(benchmark: Benchmark, systems: Mapping[str, Measured], remarks: Sequence[str]) -> list[str]:
+def table(benchmark: Columns, systems: Mapping[str, Measured], remarks: Sequence[str]) -> list[str]:
     """The figures for a terminal, a line a section."""
     head, names = [benchmark.title, *benchmark.counts], ["", *("" for _ in benchmark.counts)]
     for system in systems:
