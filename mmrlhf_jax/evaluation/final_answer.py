@@ -1,8 +1,8 @@
 """Exact match of final answers: whether alignment broke what a model could do before.
 
 Source of the idea: https://arxiv.org/abs/2305.17306 (Chain-of-Thought Hub), https://arxiv.org/abs/2402.10884 (a
-benchmark before and after multimodal tuning). A row: `prompt`, `answer`, `image` or `video` if any, `id`, `category`, and `kind`,
-how an answer is read (or --kind for all rows):
+benchmark before and after multimodal tuning). A row: `prompt`, `answer`, `image` or `video` if any, `id`, `category`,
+and `kind`, how an answer is read (or --kind for all rows):
 
     number   what stands behind the last `####`, in the last \\boxed{}, or behind the last "answer is" or "answer:",
              else the whole text; the last number of it (the first behind one of these marks); equal as numbers, commas,

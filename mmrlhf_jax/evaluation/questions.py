@@ -38,8 +38,8 @@ ANSWER_COLUMNS = ("answer", "text", "caption", "output", "model_answer")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row; `facts` are what its answer is judged by. Where `id` says more than the row, `name` in them is the row's;
-    `asked` is the question where `prompt` says more."""
+    """One row; `facts` are what its answer is judged by. Where `id` says more than the row, `name` in them is the row's
+    own; `asked` is the question where `prompt` says more."""
 
     origin: Origin
     id: str
