@@ -33,6 +33,7 @@ from mmrlhf_jax.groups import Media, Origin
 Record = dict[str, Any]
 """A row of rows.jsonl: id, line, category, answers, what the verdict says, score where answers have one."""
 
+MOST_CATEGORIES = 200
 ANSWER_COLUMNS = ("answer", "text", "caption", "output", "model_answer")
 
 
@@ -266,10 +267,12 @@ def records_of(
 
 def by_category(records: Sequence[Record], figures: Callable[[Sequence[Record]], Mapping[str, Any]]) -> Measured:
     """`figures` of each category, in order of appearance, and of all rows (`overall`); where every answer of a section
-    has a reward model's score, also their mean (`reward`)."""
+    has a reward model's score, also their mean (`reward`). Raises BenchmarkError for too many to be categories."""
     sections: dict[str, list[Record]] = {}
     for record in records:
         sections.setdefault(record["category"], []).append(record)
+    if len(sections) > MOST_CATEGORIES:
+        raise BenchmarkError(f"the rows name {len(sections)} categories: is that column one of categories?")
     named = {**{name: rows for name, rows in sections.items() if name != "overall"}, "overall": list(records)}
     return {
         name: {"rows": len(rows), **figures(rows), "reward": mean([row.get("score") for row in rows])}

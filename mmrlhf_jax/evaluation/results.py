@@ -23,6 +23,7 @@ from mmrlhf_jax.data.sources.pictures import Store
 from mmrlhf_jax.evaluation.comparisons import BenchmarkError, Comparison, lengths_of
 
 RESULTS, ROWS = "results.json", "rows.jsonl"
+LONGEST_NAME = 60  # of a section in a table; a benchmark's file may name them
 
 Measured = dict[str, dict[str, Any]]
 """Section (a category, `overall`, ...) -> name of a count or metric -> its value."""
@@ -114,13 +115,13 @@ def _write(path: epath.Path, text: str) -> None:
 
 def table(benchmark: Columns, systems: Mapping[str, Measured], remarks: Sequence[str]) -> list[str]:
     """The figures for a terminal, a line a section."""
-    head, names = [benchmark.title, *benchmark.counts], ["", *("" for _ in benchmark.counts)]
+    head, names = [one_line(benchmark.title), *benchmark.counts], ["", *("" for _ in benchmark.counts)]
     for system in systems:
         head += [system, *("" for _ in range(len(benchmark.metrics) - 1))]
         names += benchmark.metrics.values()
     lines = [head, names]
     for section, counted in next(iter(systems.values())).items():
-        line = [section, *(str(counted.get(count, "")) for count in benchmark.counts)]
+        line = [one_line(section)[:LONGEST_NAME], *(str(counted.get(count, "")) for count in benchmark.counts)]
         for measured in systems.values():
             line += [_figure(measured[section].get(metric)) for metric in benchmark.metrics]
         lines.append(line)

@@ -115,6 +115,12 @@ def test_the_scores_of_a_reward_model_come_along(questions):
     assert by_category(judged(BENCHMARK, questions, ["yes", "no"]), lambda rows: {})["overall"]["reward"] is None
 
 
+def test_a_section_for_every_row_is_refused():
+    records = [{"category": str(number)} for number in range(201)]
+    with pytest.raises(BenchmarkError, match="the rows name 201 categories"):
+        by_category(records, lambda rows: {})
+
+
 def test_a_picture_by_url_is_sought_by_its_name_and_nothing_is_downloaded(tmp_path: Path):
     rows = [{"question_id": 1, "image": "https://host/x/b.jpg?s=1", "text": "Is it?", "label": "no"}]
     assert questions_of(BENCHMARK, tmp_path, rows)[0].media[0].path == "b.jpg"
