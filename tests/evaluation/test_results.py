@@ -80,5 +80,5 @@ def test_the_table(tmp_path: Path):
 
 
 def test_names_of_sections_from_a_file_are_fit_for_a_terminal():
-    lines = table(Sheet("T", ("rows",), {}), {"model": {"a\x1b[31m\nb" + "c" * 99: {"rows": 1}}}, [])
+    lines = table(Sheet("T", ("rows",), {"acc": "ACC"}), {"model": {"a\x1b[31m\nb" + "c" * 99: {"rows": 1}}}, [])
     assert lines[2].startswith("a[31m b" + "c" * 53 + " ")
