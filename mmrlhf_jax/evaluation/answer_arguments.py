@@ -33,7 +33,14 @@ class AnswerArguments:
     """answers the questions: a Hugging Face directory, a hub id, or a RUN; or give --answers"""
     answers: str | None = None
     """answers given already: a file of launch/generate.py, or rows {id, answer}. Scores of a reward model in it
-    (generate.py --reward) are shown as `reward`"""
+    (generate.py --reward) are shown as `reward`, their mean"""
+    reward: str | None = None
+    """a reward model that scores MODEL's answers; the table then has their mean (`reward`)"""
+    critiques: Literal["generated", "none"] | None = None
+    """generated: scores are read behind the reward model's own critiques (the default, of a model that writes any);
+    none: without (the default of a scalar model)"""
+    critique: SamplingConfig = field(default_factory=SamplingConfig)
+    """how critiques are sampled"""
     media: str | None = None
     """root of all picture and video paths; of a picture's URL the last part is sought there"""
     skip_bad: bool = False
@@ -120,9 +127,11 @@ def check(arguments: AnswerArguments) -> None:
         raise UsageError("give the answers as one of --model, which makes them, and --answers")
     if arguments.answers is not None:
         bare = AnswerArguments(input=arguments.input, output=arguments.output)
-        names = ("media", "dtype", "attention", "save_every", "render", "sampling", "decode", "mesh")
+        names = ("reward", "media", "dtype", "attention", "save_every", "render", "sampling", "decode", "mesh")
         if changed := [name for name in names if getattr(arguments, name) != getattr(bare, name)]:
             raise UsageError(f"--{changed[0].replace('_', '-')} (or one of its fields) is for --model")
+    if arguments.reward is None and (arguments.critiques, arguments.critique) != (None, SamplingConfig()):
+        raise UsageError("--critiques and --critique are for --reward")
     if arguments.save_every <= 0:
         raise UsageError(f"--save-every {arguments.save_every} is not positive")
     if isinstance(arguments, Diversity):

@@ -1,6 +1,6 @@
 """A benchmark of answers from beginning to end: read the questions, have them answered, judge, measure, write.
 
-    OUTPUT/answers.jsonl     a model's answers, as launch/generate.py writes them, and with its ways of going on
+    OUTPUT/answers.jsonl     a model's answers, and a reward model's scores of them (`model_answers`)
     OUTPUT/replies/          a judge's replies by content
     OUTPUT/rejected.jsonl    rows that were left out (--skip-bad)
     OUTPUT/results.json, rows.jsonl   see `results`
@@ -25,8 +25,9 @@ from mmrlhf_jax.data.sources.pictures import Store
 from mmrlhf_jax.data.sources.rows import Rejected
 from mmrlhf_jax.evaluation import final_answer
 from mmrlhf_jax.evaluation.answer_arguments import FILES, OF, AnswerArguments, FinalAnswer, files_of, judge_of, options
-from mmrlhf_jax.evaluation.comparisons import BenchmarkError, refuse
+from mmrlhf_jax.evaluation.comparisons import BenchmarkError
 from mmrlhf_jax.evaluation.judges import Reply, replies_of
+from mmrlhf_jax.evaluation.model_answers import answer
 from mmrlhf_jax.evaluation.questions import (
     Answer,
     AnswerBenchmark,
@@ -37,21 +38,12 @@ from mmrlhf_jax.evaluation.questions import (
     records_of,
 )
 from mmrlhf_jax.evaluation.results import Columns, Measured, find_done, table, write
-from mmrlhf_jax.groups import Group, Media, Turn
-from mmrlhf_jax.inference.answer_file import AnswerFile, Saving
-from mmrlhf_jax.inference.answers import ANSWERS, Policy, Sampling, begin, finish, room_to_answer, write_answers
-from mmrlhf_jax.inference.engine import progress_bar
-from mmrlhf_jax.inference.prompts import Prompts, picture_store, prove_prompts
-from mmrlhf_jax.inference.watch import Watch
-from mmrlhf_jax.models.families import read_config
-from mmrlhf_jax.models.llava_onevision.model import Compute
-from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, load_renderer
-from mmrlhf_jax.nn.sharding import ShardingRules, make_mesh
-from mmrlhf_jax.training.model import LoadedModel, absolute, assets_of, check_family, load_model, model_fingerprint
-from mmrlhf_jax.training.recipe import INFERENCE
-from mmrlhf_jax.training.runtime import set_up_jax, stop_signals
+from mmrlhf_jax.groups import Media
+from mmrlhf_jax.inference.prompts import picture_store
+from mmrlhf_jax.training.model import absolute
+from mmrlhf_jax.training.runtime import stop_signals
 
-ANSWER_FILE, REJECTED, REPLIES = "answers.jsonl", "rejected.jsonl", "replies"
+REJECTED, REPLIES = "rejected.jsonl", "replies"
 
 Stop = Callable[[], bool]
 
@@ -73,8 +65,9 @@ def run(arguments: AnswerArguments) -> None:
             assert arguments.answers is not None  # `check` has seen to it
             answers = read_answers(arguments.answers, questions, left_out=len(rejected))
         else:
-            questions, answers, more, known = _answer(arguments, questions, folder, asked.is_set)
-            rejected, settings = (*rejected, *more), settings | known
+            given = answer(arguments, questions, folder, asked.is_set)
+            questions, answers = given.questions, given.answers
+            rejected, settings = (*rejected, *given.rejected), settings | given.settings
         if (found := find_done(arguments.output, settings)) is not None:
             show_done(arguments.output, benchmark, found)
             _guard(arguments, found["systems"])
@@ -108,6 +101,7 @@ def _settings(arguments: AnswerArguments, benchmark: AnswerBenchmark) -> dict[st
         "input_sha256": [sha256_of(file) for file in files_of(arguments)],
         "answers_sha256": None if arguments.answers is None else sha256_of(arguments.answers, "--answers"),
         "model": None if arguments.model is None else absolute(arguments.model),
+        "reward_model": None if arguments.reward is None else absolute(arguments.reward),
         **options(arguments),
         **{f"{name}_sha256": sha256_of(file, f"--{name}") for name, file in named.items() if file is not None},
     }
@@ -124,90 +118,6 @@ def _check(benchmark: AnswerBenchmark, suffix: str, store: Store, row: Any) -> Q
         return question
     facts = {"asked": question.prompt, **question.facts}
     return dataclasses.replace(question, prompt=f"{question.prompt}\n{suffix}", facts=facts)
-
-
-# --- answers of a model -----------------------------------------------------------------------------------------------
-
-
-def _answer(
-    arguments: AnswerArguments, questions: Sequence[Question], folder: str, stop: Stop
-) -> tuple[tuple[Question, ...], list[tuple[Answer, ...]], tuple[Rejected, ...], dict[str, Any]]:
-    """The questions that could be asked, their answers, the rows that could not, and what the answers depend on."""
-    assert arguments.model is not None
-    set_up_jax(arguments.dtype)
-    assets = assets_of(arguments.model)
-    check_family(LoadedModel(read_config(assets), None, assets), arguments.model, reward=False)
-    renderer = load_renderer(str(assets), arguments.render)
-    prompts = _prompts(arguments, questions, folder).without(room_to_answer(renderer, arguments.sampling))
-    if not arguments.skip_bad or not prompts.groups:
-        refuse(prompts.rejected, "mend the cause, or measure the others with --skip-bad")
-    file = AnswerFile(storage.to_path(arguments.output) / ANSWER_FILE, prompts.unit)
-    samples = getattr(arguments, "samples", 1)
-    known = {
-        "prompts": prompts.fingerprint(),
-        "samples": samples,
-        **dataclasses.asdict(arguments.sampling),
-        "dtype": arguments.dtype,
-        "rendering": renderer.fingerprint,
-    }
-    begin(file, known)
-    known["model_fingerprint"] = _write_answers(arguments, prompts, renderer, file, samples, stop)
-    asked = tuple(questions[place] for place in prompts.places)
-    answers = [tuple(Answer(each["text"], each["ended"]) for each in line["responses"]) for line in file.read()]
-    return asked, answers, prompts.rejected, known
-
-
-def _prompts(arguments: AnswerArguments, questions: Sequence[Question], folder: str) -> Prompts:
-    groups = {
-        place: Group(each.id, (Turn("user", each.prompt),), each.media, (), (), (each.origin,))
-        for place, each in enumerate(questions)
-    }
-    return prove_prompts(
-        ", ".join(files_of(arguments)),
-        "row",
-        groups,
-        arguments.media,
-        folder,
-        frames=arguments.render.frames,
-        workers=arguments.decode.workers,
-        progress=True,
-    )
-
-
-def _write_answers(
-    arguments: AnswerArguments,
-    prompts: Prompts,
-    renderer: LlavaOnevisionRenderer,
-    file: AnswerFile,
-    samples: int,
-    stop: Stop,
-) -> str:
-    """Has the model answer what has no answer yet; returns its fingerprint, which earlier answers must share."""
-    assert arguments.model is not None
-    mesh = make_mesh(arguments.mesh)
-    model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
-    fingerprint = model_fingerprint(model.config, model.params)
-    begin(file, {"model": fingerprint})
-    if file.finished():
-        file.clear_parts()
-        return fingerprint
-    compute = Compute(
-        dtype=arguments.dtype,
-        platform=mesh.devices.flat[0].platform,
-        attention=arguments.attention,
-        vocab_shards=mesh.shape["tensor"],
-    )
-    with progress_bar(unit="prompt") as bar:
-        write_answers(
-            prompts,
-            Policy(model, renderer, mesh, compute),
-            Sampling(samples, arguments.sampling, arguments.decode),
-            file,
-            Saving(arguments.save_every),
-            Watch(stop, bar),
-        )
-    finish(prompts, file, ANSWERS)
-    return fingerprint
 
 
 # --- verdicts and figures ---------------------------------------------------------------------------------------------

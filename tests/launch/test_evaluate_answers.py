@@ -12,12 +12,18 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from data_samples import SHARED, picture, write_media, write_parquet, write_rows
 from tiny import TINY
 
 from mmrlhf_jax.command import run_command
-from mmrlhf_jax.models.llava_onevision.weights import new_directory
+from mmrlhf_jax.models.critique_reward.config import RewardSettings
+from mmrlhf_jax.models.families import keys_of
+from mmrlhf_jax.models.llava_onevision.weights import copy_assets, new_directory, save_directory
+from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
+from mmrlhf_jax.training.model import load_model, with_fresh_head
+from mmrlhf_jax.training.recipe import INFERENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = SHARED / "data" / "mm_reward_bench.jsonl"
@@ -126,6 +132,8 @@ def test_several_files_make_several_sections(evaluate, pope, tmp_path):
         (["diversity", "--model", "m", "--samples", "2"], "2 greedy answers are the same"),
         (["diversity", "--answers", "a", "--samples", "2"], "--samples is for --model"),
         (["final_answer", "--answers", "a", "--max-drop", "0.1"], "--max-drop needs the --baseline"),
+        (["pope", "--answers", "a", "--reward", "r"], "--reward (or one of its fields) is for --model"),
+        (["pope", "--model", "m", "--critiques", "none"], "--critiques and --critique are for --reward"),
         (["mad_bench", "--answers", "a", "--judge.model", "j"], "are for --judge.url"),
         (["mad_bench", "--answers", "a", "--judge.url", "ftp://x", "--judge.model", "j"], "is no http:// or https://"),
         (
@@ -274,6 +282,31 @@ def test_a_model_answers_resumes_and_is_measured(evaluate, policy, tmp_path, mon
 
     monkeypatch.setattr("mmrlhf_jax.inference.answers.generate", computed)
     status, again, _ = evaluate(*given, "--skip-bad")
+    assert status == 0
+    assert again.splitlines() == [f"done already: {tmp_path}/out", *table.splitlines()[:-1]]
+
+
+def test_a_reward_model_scores_the_answers(evaluate, policy, tmp_path):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = with_fresh_head(
+        load_model(str(policy), mesh, ShardingRules(), rates=INFERENCE), "linear", mesh, ShardingRules(), 0
+    )
+    copy_assets(policy, tmp_path / "assets")
+    RewardSettings("linear", False, None).write(tmp_path / "assets")
+    save_directory(model.params, tmp_path / "assets", tmp_path / "scalar", keys=keys_of(model.config))
+    rows = [{"id": number, "prompt": f"What is {number}?", "answer": number} for number in range(2)]
+    given = [
+        *("final_answer", "--model", policy, "--reward", tmp_path / "scalar", "--kind", "number"),
+        *("--input", write_rows(tmp_path / "rows.jsonl", rows), "--output", tmp_path / "out"),
+        *("--dtype", "float32", "--max-new-tokens", "4", "--decode.multiple", "64"),
+    ]
+    status, table, error = evaluate(*given)
+    assert status == 0, error
+    scores = [one["score"] for one in lines_of(tmp_path / "out" / "rows.jsonl")]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["systems"]["model"]["overall"]["reward"] == pytest.approx(sum(scores) / 2)
+    assert found["settings"]["reward"]["critiques"] == "none"
+    status, again, _ = evaluate(*given)
     assert status == 0
     assert again.splitlines() == [f"done already: {tmp_path}/out", *table.splitlines()[:-1]]
 
