@@ -1,21 +1,30 @@
-"""A reward benchmark: figures of a reward model beside those of random scores and of preferring the longer answer.
+"""A benchmark: what a reward model prefers, or what a model answers.
 
     python launch/evaluate.py reward_bench --input mm_reward_bench.jsonl --output DIR
     python launch/evaluate.py reward_bench --model MODEL --input mm_reward_bench.jsonl --media MEDIA --output DIR
     python launch/evaluate.py vl_reward_bench --model MODEL --input test.parquet --output DIR
+    python launch/evaluate.py pope --model MODEL --input coco_pope_random.json --media val2014/ --output DIR
+    python launch/evaluate.py mmhal_bench --answers answers.jsonl --input mmhal.json --output DIR --judge.url URL
+        --judge.model NAME
+    python launch/evaluate.py calibration --input DIR/rows.jsonl --output OTHER
 
-A table on stdout, DIR/results.json and DIR/rows.jsonl (one line a row of the input). Without --model only the figures
-that need none, and no picture is read. One process, with all its devices. The same command again resumes, or finds the
-work done. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted: run again.
+Reward benchmarks show a reward model beside random scores and beside preferring the longer answer; without --model only
+these, and no picture is read. Benchmarks of answers (pope, chair, mmhal_bench, mad_bench, safety_bench, diversity,
+final_answer) have MODEL answer, or measure --answers that are there. No judge is needed to run; one is asked over the
+network only where --judge.url names it. calibration and generalisation_gap read what other evaluations left.
+
+A table on stdout, DIR/results.json and DIR/rows.jsonl (one line a row of the input). One process, with all its devices.
+The same command again resumes, or finds the work done. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted: run
+again.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -28,7 +37,18 @@ from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaRoot
 from mmrlhf_jax.data.rewards import REWARD, Critiques, read_rewards
 from mmrlhf_jax.data.sources.pictures import PictureStore
-from mmrlhf_jax.evaluation import reward_bench, vl_reward_bench
+from mmrlhf_jax.evaluation import answering, calibration, generalisation_gap, reward_bench, vl_reward_bench
+from mmrlhf_jax.evaluation.answer_arguments import (
+    AnswerArguments,
+    Chair,
+    Diversity,
+    FinalAnswer,
+    MadBench,
+    MMHalBench,
+    Pope,
+    SafetyBench,
+    check,
+)
 from mmrlhf_jax.evaluation.comparisons import (
     BenchmarkError,
     Comparison,
@@ -42,7 +62,7 @@ from mmrlhf_jax.evaluation.comparisons import (
     row_records,
     with_pictures,
 )
-from mmrlhf_jax.evaluation.results import Benchmark, figures, find_done, table, write
+from mmrlhf_jax.evaluation.results import Benchmark, Columns, Measured, figures, find_done, table, write
 from mmrlhf_jax.groups import Group
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
 from mmrlhf_jax.inference.forward import ForwardConfig, GroupList
@@ -105,13 +125,97 @@ class VLRewardBench(Arguments):
     """VL-RewardBench (its parquet file or data.jsonl, or r1_reward's): accuracy by group, overall and macro."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Expected calibration error: of confidences, or of the rewards that reward_bench leaves in rows.jsonl."""
+
+    input: str
+    """rows {confidence, right}, {rewards: [preferred, other]} or {margin}"""
+    output: str
+    """directory of results.json and rows.jsonl"""
+    bins: int = 10
+    """of equal width"""
+    scale: float = 1.0
+    """a margin m is the probability sigma(scale m)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneralisationGap:
+    """What a model loses out of distribution: two evaluations by one benchmark, compared."""
+
+    input: str
+    """output of the evaluation in distribution"""
+    shifted: str
+    """output of the one out of it"""
+    output: str
+    """directory of results.json"""
+
+
+Chosen = (
+    Annotated[RewardBench, tyro.conf.subcommand("reward_bench")]
+    | Annotated[VLRewardBench, tyro.conf.subcommand("vl_reward_bench")]
+    | Annotated[Pope, tyro.conf.subcommand("pope")]
+    | Annotated[Chair, tyro.conf.subcommand("chair")]
+    | Annotated[MMHalBench, tyro.conf.subcommand("mmhal_bench")]
+    | Annotated[MadBench, tyro.conf.subcommand("mad_bench")]
+    | Annotated[SafetyBench, tyro.conf.subcommand("safety_bench")]
+    | Annotated[Diversity, tyro.conf.subcommand("diversity")]
+    | Annotated[FinalAnswer, tyro.conf.subcommand("final_answer")]
+    | Annotated[Calibration, tyro.conf.subcommand("calibration")]
+    | Annotated[GeneralisationGap, tyro.conf.subcommand("generalisation_gap")]
+)
+
+
 def main() -> None:
-    chosen = tyro.cli(
-        Annotated[RewardBench, tyro.conf.subcommand("reward_bench")]
-        | Annotated[VLRewardBench, tyro.conf.subcommand("vl_reward_bench")],
-        prog="evaluate.py",
-        description=__doc__.split("\n")[0],
-    )
+    chosen = tyro.cli(Chosen, prog="evaluate.py", description=__doc__.split("\n")[0])  # type: ignore[call-overload]
+    if isinstance(chosen, AnswerArguments):
+        check(chosen)
+        answering.run(chosen)
+    elif isinstance(chosen, Calibration):
+        _calibration(chosen)
+    elif isinstance(chosen, GeneralisationGap):
+        _gap(chosen)
+    else:
+        _reward_benchmark(chosen)
+
+
+def _calibration(arguments: Calibration) -> None:
+    if arguments.bins < 1:
+        raise UsageError(f"--bins {arguments.bins} is not positive")
+    if not 0 < arguments.scale < math.inf:
+        raise UsageError(f"--scale {arguments.scale} is no positive number")
+    settings = {
+        "benchmark": "calibration",
+        "input_sha256": answering.sha256_of(arguments.input),
+        "bins": arguments.bins,
+        "scale": arguments.scale,
+    }
+    if (found := find_done(arguments.output, settings)) is not None:
+        answering.show_done(arguments.output, calibration.SHEET, found)
+        return
+    records = calibration.read(arguments.input, scale=arguments.scale)
+    _write(arguments.output, calibration.SHEET, settings, calibration.measure(records, arguments.bins), records)
+
+
+def _gap(arguments: GeneralisationGap) -> None:
+    inside, outside = (generalisation_gap.read(path) for path in (arguments.input, arguments.shifted))
+    sheet = generalisation_gap.sheet(inside["benchmark"])
+    settings = {"benchmark": "generalisation_gap", "in": inside["settings"], "out": outside["settings"]}
+    if (found := find_done(arguments.output, settings)) is not None:
+        answering.show_done(arguments.output, sheet, found)
+        return
+    _write(arguments.output, sheet, settings, generalisation_gap.measure(inside, outside), [])
+
+
+def _write(
+    output: str, columns: Columns, settings: Mapping[str, Any], measured: Measured, records: Sequence[Mapping[str, Any]]
+) -> None:
+    systems = {"model": measured}
+    write(output, {"benchmark": columns.title, "settings": settings, "remarks": [], "systems": systems}, records)
+    print("\n".join([*table(columns, systems, []), f"rows and figures: {output}"]))
+
+
+def _reward_benchmark(chosen: RewardBench | VLRewardBench) -> None:
     _check(chosen)
     benchmark = BENCHMARKS["reward_bench" if isinstance(chosen, RewardBench) else "vl_reward_bench"]
     settings = _settings(chosen, benchmark)
@@ -144,7 +248,7 @@ def _settings(arguments: Arguments, benchmark: Benchmark) -> dict[str, Any]:
     """What the figures depend on and can be told before a model is loaded."""
     settings: dict[str, Any] = {
         "benchmark": benchmark.name,
-        "input_sha256": _sha256(arguments.input),
+        "input_sha256": answering.sha256_of(arguments.input),
         "model": None if arguments.model is None else absolute(arguments.model),
     }
     if arguments.model is None:
@@ -166,17 +270,6 @@ def _settings_of_model(judge: RewardModel, scoring: Scoring) -> dict[str, Any]:
         "model_fingerprint": model_fingerprint(judge.model.config, judge.model.params),
         "renderer_fingerprint": judge.renderer.fingerprint,
     }
-
-
-def _sha256(file: str) -> str:
-    path = storage.to_path(file)
-    if not path.exists() or path.is_dir():
-        raise BenchmarkError(f"{file} {'is a directory' if path.exists() else 'does not exist'}: correct --input")
-    total = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            total.update(block)
-    return total.hexdigest()
 
 
 def _store(folder: str) -> PictureStore:

@@ -8,17 +8,21 @@ finds the work done. Exit codes: 0 done, 1 failed, 2 bad usage.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import tyro
 
 from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data import video
+from mmrlhf_jax.data.audit import audit
+from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.media import MAX_FRAMES
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.data.sources import SOURCES
 from mmrlhf_jax.data.sources.rows import SourceOptions
 from mmrlhf_jax.groups import Renderer
+from mmrlhf_jax.storage import to_path, write_whole
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ class Arguments:
     """Prepare only the first so many groups (all rows are read: those of a group may stand anywhere)."""
     workers: int = 4
     """Threads that read and decode media."""
+    audit: str | None = None
+    """Look for what is doubtful of the preferences (texts that differ in form alone, the same question under other ids,
+    swapped preferences, length bias), print it, and write it to this JSON file."""
 
 
 def main() -> None:
@@ -67,6 +74,12 @@ def main() -> None:
     if report.reused:
         print(f"{arguments.output} is prepared already from the same inputs and options")
     print("\n".join(report.lines()))
+    if arguments.audit is not None:
+        found = audit(open_dataset(arguments.output).groups(), report.rejected)
+        path = to_path(arguments.audit)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, (json.dumps(found.to_json(), indent=2) + "\n").encode())
+        print("\n".join(found.lines()))
 
 
 def _options(arguments: Arguments) -> PrepareOptions:

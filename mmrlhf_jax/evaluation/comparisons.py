@@ -83,7 +83,7 @@ def read_comparisons(file: str, check: Callable[[Row], Comparison]) -> tuple[Com
             rows.append(check(row))
         except RowError as error:
             bad.append(Rejected(row.origin, str(error)))
-    _refuse(bad, "mend the file; figures of a part of it do not compare with those of others")
+    refuse(bad, "mend the file; figures of a part of it do not compare with those of others")
     if not rows:
         raise BenchmarkError(f"{file} holds no rows: correct --input")
     return tuple(rows)
@@ -104,7 +104,7 @@ def check_reasons(rows: Sequence[Comparison]) -> None:
         for name, reason in zip(("chosen", "rejected"), row.reasons, strict=True)
         if reason is None
     ]
-    _refuse(lacking, "--critiques human scores with the file's own reasons; use generated or none")
+    refuse(lacking, "--critiques human scores with the file's own reasons; use generated or none")
 
 
 def as_groups(rows: Sequence[Comparison], *, human: bool) -> tuple[list[Group], list[Place]]:
@@ -167,7 +167,7 @@ def with_pictures(
         if isinstance(found[each], str)
         for origin in group.origins
     ]
-    _refuse(bad, "put the pictures there (--media is the root of all paths); none is left out or replaced")
+    refuse(bad, "put the pictures there (--media is the root of all paths); none is left out or replaced")
     return [dataclasses.replace(group, media=tuple(found[each] for each in group.media)) for group in groups]
 
 
@@ -195,7 +195,7 @@ def check_lengths(groups: Sequence[Group], renderer: Renderer, to_come: int) -> 
         if tokens > renderer.max_positions:
             reason = f"{tokens} tokens (prompt {lengths.prompt}, {to_come} to come)"
             bad += [Rejected(origin, reason) for origin in group.origins]
-    _refuse(
+    refuse(
         bad, f"the model takes {renderer.max_positions} tokens and nothing is cut; a video gets by with fewer frames"
     )
 
@@ -212,7 +212,7 @@ def rewards_of(rows: Sequence[Comparison], places: Sequence[Place], scored: Sequ
         for row, pair in zip(rows, rewards, strict=True)
         if not np.isfinite(pair).all()
     ]
-    _refuse(bad, "try --dtype float32")
+    refuse(bad, "try --dtype float32")
     return rewards
 
 
@@ -258,7 +258,8 @@ def row_records(
     return records
 
 
-def _refuse(bad: Sequence[Rejected], cure: str) -> None:
+def refuse(bad: Sequence[Rejected], cure: str) -> None:
+    """Raises BenchmarkError that lists bad rows, if there are any, and says what to do."""
     if not bad:
         return
     listed = [f"  {one_line(f'{row.origin}: {row.reason}')}" for row in bad[:SHOWN]]

@@ -3,7 +3,8 @@
 results.json   benchmark, settings (everything the figures depend on), remarks, and of each system its figures:
                section -> counts, metrics (null where there is nothing to divide by); written last
 rows.jsonl     one line a row of the input, in its order: id, line, category, lengths (characters of chosen and
-               rejected); with a model rewards [chosen, rejected], right, critiques [of chosen, of rejected]
+               rejected); with a model rewards [chosen, rejected], right, critiques [of chosen, of rejected].
+               Of a benchmark of answers (`questions`): id, line, category, answers and what they were found to be
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -22,9 +23,32 @@ from mmrlhf_jax.data.sources.pictures import Store
 from mmrlhf_jax.evaluation.comparisons import BenchmarkError, Comparison, lengths_of
 
 RESULTS, ROWS = "results.json", "rows.jsonl"
+LONGEST_NAME = 60  # of a section in a table; a benchmark's file may name them
 
 Measured = dict[str, dict[str, Any]]
 """Section (a category, `overall`, ...) -> name of a count or metric -> its value."""
+
+
+class Columns(Protocol):
+    """What a table of figures needs to know: `counts` and `metrics` (name -> heading), in order."""
+
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def counts(self) -> Sequence[str]: ...
+
+    @property
+    def metrics(self) -> Mapping[str, str]: ...
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """`Columns`, and nothing else."""
+
+    title: str
+    counts: Sequence[str]
+    metrics: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -91,15 +115,15 @@ def _write(path: epath.Path, text: str) -> None:
     storage.write_whole(path, text.encode())
 
 
-def table(benchmark: Benchmark, systems: Mapping[str, Measured], remarks: Sequence[str]) -> list[str]:
+def table(benchmark: Columns, systems: Mapping[str, Measured], remarks: Sequence[str]) -> list[str]:
     """The figures for a terminal, a line a section."""
-    head, names = [benchmark.title, *benchmark.counts], ["", *("" for _ in benchmark.counts)]
+    head, names = [one_line(benchmark.title), *benchmark.counts], ["", *("" for _ in benchmark.counts)]
     for system in systems:
         head += [system, *("" for _ in range(len(benchmark.metrics) - 1))]
         names += benchmark.metrics.values()
     lines = [head, names]
     for section, counted in next(iter(systems.values())).items():
-        line = [section, *(str(counted.get(count, "")) for count in benchmark.counts)]
+        line = [one_line(section)[:LONGEST_NAME], *(str(counted.get(count, "")) for count in benchmark.counts)]
         for measured in systems.values():
             line += [_figure(measured[section].get(metric)) for metric in benchmark.metrics]
         lines.append(line)

@@ -136,11 +136,39 @@ def read_prompts(
     Raises:
         SourceError: the file cannot be read, or paths and `media` do not go together.
     """
-    pictures = epath.Path(folder) / "pictures"
-    groups, rejected, unread = _rows(file, PictureStore(pictures))
-    wanted = list(dict.fromkeys(each for group in groups for each in group.media))
+    groups, rejected, unread = _rows(file, picture_store(folder))
+    numbered = {group.origins[0].line: group for group in groups}
+    found = prove_prompts(
+        file, "line", numbered, media, folder, frames=frames, workers=workers, progress=progress, rejected=rejected
+    )
+    return dataclasses.replace(found, unread=unread)
+
+
+def picture_store(folder: str) -> PictureStore:
+    """Where pictures that stand in rows are put for `prove_prompts` to find."""
+    return PictureStore(epath.Path(folder) / "pictures")
+
+
+def prove_prompts(
+    path: str,
+    unit: Unit,
+    groups: Mapping[int, Group],
+    media: str | None,
+    folder: str,
+    *,
+    frames: int,
+    workers: int = 4,
+    progress: bool = False,
+    rejected: Sequence[Rejected] = (),
+) -> Prompts:
+    """Prompts by place, every picture of them decoded once; those with a bad one join the `rejected`.
+
+    The arguments are those of `read_prompts`. Raises SourceError where paths and `media` do not go together.
+    """
+    bad = list(rejected)
+    wanted = list(dict.fromkeys(each for group in groups.values() for each in group.media))
     root = _root(media, wanted, frames, str(Path(folder) / "frames"))
-    embedded = MediaRoot(os.fspath(pictures))
+    embedded = MediaRoot(os.fspath(picture_store(folder).directory))
 
     def proven(each: Media) -> Proven | str:
         where = embedded if is_embedded(each) else root
@@ -153,16 +181,16 @@ def read_prompts(
         )
         found = dict(zip(wanted, bar, strict=True))
     kept: dict[int, Group] = {}
-    for group in groups:
+    for number, group in groups.items():
         whole = [found[each] for each in group.media]
         if faults := [each for each in whole if isinstance(each, str)]:
-            rejected.append(Rejected(group.origins[0], "; ".join(faults)))
+            bad.append(Rejected(group.origins[0], "; ".join(faults)))
         else:
             filled = tuple(each.media for each in whole if isinstance(each, Proven))
-            kept[group.origins[0].line] = dataclasses.replace(group, media=filled)
-    rejected.sort(key=lambda row: row.origin.line)
-    source = PromptFile(file, kept, root, embedded)
-    return Prompts(source, "line", tuple(kept), tuple(kept.values()), tuple(rejected), unread)
+            kept[number] = dataclasses.replace(group, media=filled)
+    bad.sort(key=lambda row: row.origin.line)
+    source = PromptFile(path, kept, root, embedded)
+    return Prompts(source, unit, tuple(kept), tuple(kept.values()), tuple(bad))
 
 
 def _rows(file: str, store: PictureStore) -> tuple[list[Group], list[Rejected], tuple[tuple[str, int], ...]]:

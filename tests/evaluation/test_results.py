@@ -11,7 +11,7 @@ from data_samples import row, write_rows
 
 from mmrlhf_jax.evaluation import reward_bench
 from mmrlhf_jax.evaluation.comparisons import BenchmarkError
-from mmrlhf_jax.evaluation.results import figures, find_done, table, write
+from mmrlhf_jax.evaluation.results import Sheet, figures, find_done, table, write
 
 SETTINGS = {"benchmark": "reward_bench", "model": "/m", "sampling": {"top_k": 0}, "pair": (1, 2)}
 
@@ -77,3 +77,8 @@ def test_the_table(tmp_path: Path):
     assert lines[3].split() == ["long", "0", "0", "-", "-", "-", "-", "-", "-"]
     assert lines[-1] == "note: a remark[31m"
     assert len({len(line) for line in lines[1:-1]}) == 1
+
+
+def test_names_of_sections_from_a_file_are_fit_for_a_terminal():
+    lines = table(Sheet("T", ("rows",), {"acc": "ACC"}), {"model": {"a\x1b[31m\nb" + "c" * 99: {"rows": 1}}}, [])
+    assert lines[2].startswith("a[31m b" + "c" * 53 + " ")
