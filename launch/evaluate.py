@@ -211,7 +211,8 @@ def _write(
     output: str, columns: Columns, settings: Mapping[str, Any], measured: Measured, records: Sequence[Mapping[str, Any]]
 ) -> None:
     systems = {"model": measured}
-    write(output, {"benchmark": columns.title, "settings": settings, "remarks": [], "systems": systems}, records)
+    with _lease(output):
+        write(output, {"benchmark": columns.title, "settings": settings, "remarks": [], "systems": systems}, records)
     print("\n".join([*table(columns, systems, []), f"rows and figures: {output}"]))
 
 
@@ -224,7 +225,7 @@ def _reward_benchmark(chosen: RewardBench | VLRewardBench) -> None:
             return
         with tempfile.TemporaryDirectory(prefix="mmrlhf-evaluate-") as folder:
             rows = benchmark.read(chosen.input, _store(folder))
-        with _lease(chosen):
+        with _lease(chosen.output):
             _finish(chosen, benchmark, settings, rows, None)
         return
     set_up_jax(chosen.dtype)
@@ -292,7 +293,7 @@ def _with_model(arguments: Arguments, benchmark: Benchmark, settings: dict[str, 
     closing = len(judge.renderer.closing) if isinstance(judge.renderer, RewardRenderer) else 0
     check_lengths(groups, judge.renderer, (arguments.sampling.max_new_tokens + closing) * generated)
     source = GroupList(tuple(groups), arguments.input)
-    with _lease(arguments):
+    with _lease(arguments.output):
         store = AnnotationStore.open(arguments.output, REWARD, settings)
         with stop_signals() as asked, progress_bar(shown=generated) as progress:
             write_rewards(source, groups, range(len(groups)), judge, scoring, store, Watch(asked.is_set, progress))
@@ -301,8 +302,8 @@ def _with_model(arguments: Arguments, benchmark: Benchmark, settings: dict[str, 
         store.directory.parent.rmtree()  # everything stands in rows.jsonl now
 
 
-def _lease(arguments: Arguments) -> AbstractContextManager[None]:
-    return lease(storage.to_path(arguments.output) / "lease.json", arguments.output)
+def _lease(output: str) -> AbstractContextManager[None]:
+    return lease(storage.to_path(output) / "lease.json", output)
 
 
 def _read_with_pictures(

@@ -40,6 +40,7 @@ from mmrlhf_jax.evaluation.questions import (
 from mmrlhf_jax.evaluation.results import Columns, Measured, find_done, table, write
 from mmrlhf_jax.groups import Media
 from mmrlhf_jax.inference.prompts import picture_store
+from mmrlhf_jax.lease import lease
 from mmrlhf_jax.training.model import absolute
 from mmrlhf_jax.training.runtime import stop_signals
 
@@ -61,18 +62,32 @@ def run(arguments: AnswerArguments) -> None:
         questions, rejected = read_questions(
             list(files_of(arguments)), partial(_check, benchmark, arguments.suffix, store), skip_bad=arguments.skip_bad
         )
-        if arguments.model is None:
-            assert arguments.answers is not None  # `check` has seen to it
-            answers = read_answers(arguments.answers, questions, left_out=len(rejected))
-        else:
-            given = answer(arguments, questions, folder, asked.is_set)
-            questions, answers = given.questions, given.answers
-            rejected, settings = (*rejected, *given.rejected), settings | given.settings
-        if (found := find_done(arguments.output, settings)) is not None:
-            show_done(arguments.output, benchmark, found)
-            _guard(arguments, found["systems"])
-            return
-        replies = _judged(arguments, benchmark, questions, answers, asked.is_set)
+        with lease(storage.to_path(arguments.output) / "lease.json", arguments.output):
+            _answer_and_finish(arguments, benchmark, settings, questions, rejected, folder, asked.is_set)
+
+
+def _answer_and_finish(
+    arguments: AnswerArguments,
+    benchmark: AnswerBenchmark,
+    settings: dict[str, Any],
+    questions: Sequence[Question],
+    rejected: Sequence[Rejected],
+    folder: str,
+    stop: Callable[[], bool],
+) -> None:
+    """All that writes into the output."""
+    if arguments.model is None:
+        assert arguments.answers is not None  # `check` has seen to it
+        answers = read_answers(arguments.answers, questions, left_out=len(rejected))
+    else:
+        given = answer(arguments, questions, folder, stop)
+        questions, answers = given.questions, given.answers
+        rejected, settings = (*rejected, *given.rejected), settings | given.settings
+    if (found := find_done(arguments.output, settings)) is not None:
+        show_done(arguments.output, benchmark, found)
+        _guard(arguments, found["systems"])
+        return
+    replies = _judged(arguments, benchmark, questions, answers, stop)
     records = records_of(benchmark, questions, answers, replies)
     _finish(arguments, benchmark, settings, records, rejected, answers)
 
