@@ -204,8 +204,12 @@ def _resolved(path: str, dataset: str) -> str:
 
 def _open(path: str, part: Part, where: str, open_part: Callable[[str], PreparedDataset]) -> PreparedDataset:
     try:
-        if storage.to_path(where).is_file():
-            raise ValueError("it is a file; a part is a dataset made by launch/prepare.py")
+        is_file = storage.to_path(where).is_file()
+    except ValueError as error:
+        raise MixtureError(f"{path}: part {part.dataset!r}: {error}") from error
+    if is_file:
+        raise MixtureError(f"{path}: part {part.dataset!r} is a file; a part is a dataset made by launch/prepare.py")
+    try:
         return open_part(where)
     except ValueError as error:
         raise MixtureError(f"{path}: part {part.dataset!r}: {error}") from error

@@ -232,11 +232,10 @@ def test_a_large_value_that_every_row_points_at_is_not_copied_for_many(
     pa = pytest.importorskip("pyarrow")
     from mmrlhf_jax.data.sources import parquet as module
 
-    sizes = []
-    true = module._row
-    monkeypatch.setattr(module, "_row", lambda one: (sizes.append(pa.total_allocated_bytes()), true(one))[1])
-    large = "x" * (32 * 2**20)
-    file = parquet(tmp_path, {"id": [large] * 60}, compression="zstd", dictionary_pagesize_limit=2**30)
-    assert os.path.getsize(file) < 10**6
+    monkeypatch.setattr(module, "DICTIONARY_BYTES", 4 * 2**20)
+    file = parquet(tmp_path, {"id": ["x" * 2**20] * 60}, compression="zstd", dictionary_pagesize_limit=2**30)
+    assert os.path.getsize(file) < 10**5
+    before, held, true = pa.total_allocated_bytes(), [], module._row
+    monkeypatch.setattr(module, "_row", lambda one: (held.append(pa.total_allocated_bytes() - before), true(one))[1])
     assert len(list(read_rows([file]))) == 60
-    assert max(sizes) < 800 * 2**20
+    assert max(held) < 20 * 2**20

@@ -22,7 +22,7 @@ def fuzz(*given: str) -> None:
 
 
 def test_spoiled_files_are_refused_by_name() -> None:
-    fuzz("all", "--executions", "120", "--seed", "0", "--brief")
+    fuzz("all", "--executions", "60", "--seed", "0", "--brief")
 
 
 @pytest.mark.slow
