@@ -120,7 +120,7 @@ def replies_of(asks: Sequence[Ask], endpoint: Endpoint, cache: str, stopped: Cal
 
     Raises:
         CommandError: `stopped` said so.
-        JudgeError: the endpoint cannot be reached or refuses, or of all that was asked it answered nothing usable.
+        JudgeError: the endpoint cannot be reached or refuses, or not one reply to `asks` can be used.
     """
     check_endpoint(endpoint)
     directory = storage.to_path(cache)
@@ -135,8 +135,8 @@ def replies_of(asks: Sequence[Ask], endpoint: Endpoint, cache: str, stopped: Cal
             found[name] = reply
             bar.update()
     unusable = [found[name].reason for name in todo if found[name].text is None]
-    if todo and len(unusable) == len(todo):
-        raise JudgeError(f"{endpoint.url}: none of {len(todo)} replies could be used; the first: {unusable[0]}")
+    if unusable and len(unusable) == len(found):  # kept replies count: one stubborn request blocks no run
+        raise JudgeError(f"{endpoint.url}: none of {len(found)} replies could be used; the first: {unusable[0]}")
     return [found[name] for name in names]
 
 

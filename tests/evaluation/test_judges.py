@@ -190,6 +190,8 @@ def test_garbage_is_tried_again_then_counted_and_never_kept(step, judge, endpoin
     short = replace(endpoint, max_bytes=200_000)
     assert ask(short, tmp_path, "a", "b", "c") == ["one", None, "two"]
     assert len(list((tmp_path / "kept").iterdir())) == 2
+    judge.steps = [step]
+    assert ask(short, tmp_path, "a", "b", "c") == ["one", None, "two"]  # one that stays garbage blocks no other run
     judge.steps = [say("now")]
     assert ask(short, tmp_path, "b") == ["now"]
 
