@@ -33,7 +33,7 @@ def at_once() -> Iterator[None]:
     """None of these takes a second; a square of the length of a line would take hours."""
     started = time.process_time()
     yield
-    assert time.process_time() - started < 5
+    assert time.process_time() - started < 30
 
 
 def test_special_tokens_in_a_row_are_text(read: Any) -> None:

@@ -123,8 +123,7 @@ class Opened:
     def __init__(self, folder: Path):
         own = {os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix), *map(os.path.realpath, sys.path)}
         system = (
-            "/proc/self",
-            "/proc/cpuinfo",
+            "/proc",  # this process, the machine: whose lease an output has
             "/usr/share/zoneinfo",
             "/usr/lib",
             "/etc/localtime",

@@ -97,7 +97,7 @@ def _watched(directory: Path) -> Any:
 
 def fuzz(reader: Reader, executions: int, seed: int, *, seconds: float = float("inf")) -> Figures:
     """At most `seconds` long."""
-    figures, began = Figures(), time.monotonic()
+    figures, began, before = Figures(), time.monotonic(), _peak()
     top = Path(tempfile.mkdtemp(prefix="fuzz-models-"))
     (top / "outside").mkdir()
     (top / "outside" / "secret").write_text('{"model_type": "secret"}')
@@ -111,13 +111,18 @@ def fuzz(reader: Reader, executions: int, seed: int, *, seconds: float = float("
         _execute(reader, case, number, figures)
         figures.executions += 1
     shutil.rmtree(top)
-    figures.rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if figures.rss > MEMORY_BYTES:
+    figures.rss = _peak()
+    if figures.rss > max(MEMORY_BYTES, before):  # before: what else this process has done, other tests
         figures.failures.append(f"{figures.rss:,} bytes of memory")
     wanted = _lines_of(reader)
     figures.coverage = len(wanted & figures.lines) / len(wanted) if wanted else 1.0
     figures.missed = [f"{Path(file).name}:{line}" for file, line in sorted(wanted - figures.lines)]
     return figures
+
+
+def _peak() -> int:
+    """Bytes this process ever had in memory."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _execute(reader: Reader, case: Path, number: int, figures: Figures) -> None:
