@@ -312,7 +312,18 @@ def test_failures_are_one_line_and_bad_usage_is_2(options: Any, tmp_path: Path, 
 
 def test_help_shows_every_default() -> None:
     shown = " ".join(run("--help").stdout.replace("│", " ").split())
-    names = ("media", "model", "map", "margin-column", "max-tokens", "max-frames", "video-frames", "limit", "workers", "audit")
+    names = (
+        "media",
+        "model",
+        "map",
+        "margin-column",
+        "max-tokens",
+        "max-frames",
+        "video-frames",
+        "limit",
+        "workers",
+        "audit",
+    )
     for name in names:
         assert f"--{name}" in shown
     assert shown.count("(default:") == 11
