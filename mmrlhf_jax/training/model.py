@@ -206,8 +206,9 @@ def _bare(name: str) -> str:
 def _open(run: str, which: str | None) -> tuple[Checkpoints, int]:
     """The checkpoints of a RUN and the step asked for."""
     directory = RunDirectory.at(run)
-    checkpoints = Checkpoints(directory.checkpoints)
-    have = checkpoints.steps()
+    with _reading(f"{run}: {directory.checkpoints.name}"):
+        checkpoints = Checkpoints(directory.checkpoints)
+        have = checkpoints.steps()
     step = _best(directory, have) if which == "best" else checkpoints.latest() if which is None else int(which)
     if step is None or step not in have:
         there = ", ".join(map(str, have))

@@ -30,7 +30,7 @@ from mmrlhf_jax.command import INTERRUPTED, CommandError
 
 BEAT = 4.0  # seconds between signs of life
 SILENT = 36.0  # seconds without one after which a process is taken for dead
-JAX_SILENT = 50  # the same for jax's own watch, whose message names nobody: it comes second
+JAX_SILENT = 100  # the same for jax's own watch, whose message names nobody: by half of it, it must come second
 STALL = 300.0  # seconds that a step may take, however short they are otherwise
 TIMES = 20.0  # and that many times the longest of the last steps
 ENDING = 10.0  # seconds for a process to find out for itself what ended another, and say so
@@ -117,7 +117,8 @@ def _leave(error: BaseException) -> None:
         time.sleep(SILENT + 2 * BEAT)  # a broken collective: if another process died, the watch tells which, and ends
     _here.message = str(error)[:500] or type(error).__name__
     _here.state = "failed"
-    atexit.register(_exit_soon, status)  # runs before jax's, which waits for all processes
+    # runs before jax's, which waits for all processes
+    atexit.register(_exit_soon, status, 2 * BEAT + (ENDING if jax.process_index() == 0 else 0.0))
 
 
 def _from_runtime(error: BaseException) -> bool:
@@ -126,8 +127,9 @@ def _from_runtime(error: BaseException) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"[A-Z]+(_[A-Z]+)*: ", str(error)) is not None
 
 
-def _exit_soon(status: int) -> None:
-    time.sleep(2 * BEAT + ENDING)  # the others hear of it while the coordinator, if it is here, still answers
+def _exit_soon(status: int, seconds: float) -> None:
+    """The others hear of it first. The coordinator is the last to go: jax aborts who loses it, in words of its own."""
+    time.sleep(seconds)
     _exit(status)
 
 
