@@ -13,7 +13,7 @@ reward models; then, each from that SFT run, for as many optimizer steps and on 
     dpo_mean_beta    DPO at the mean beta of that MM-DPO run: as much beta, the same for every pair
     released_factor  MM-DPO as the released per-pair path has it: beta linear in that margin
     released_batch   MM-DPO as the released trainer really runs: one beta a batch, from its own log-ratios
-    known_margins    MM-DPO on margin-matched labels: the annotators' pairs, each with the margin that is true
+    known_margins    MM-DPO on true margins: the annotators' pairs, each with the margin that is true
     scalar_margins   MM-DPO on the margins of a scalar reward model
     human_margins    MM-DPO on margins of the critique model reading the annotators' reasons, not critiques of its own
 

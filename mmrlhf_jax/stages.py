@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def _run(name: str, command: list[str]) -> None:
-    print("  python " + " ".join(command[1:]), flush=True)
+    print("  python " + shlex.join(command[1:]), flush=True)
     process = subprocess.Popen(command)
     try:
         status = process.wait()

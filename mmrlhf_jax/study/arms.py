@@ -45,7 +45,7 @@ ARMS = {  # each behind what it takes from another
     "dpo_mean_beta": Arm("DPO at MM-DPO's mean beta", DPO),
     "released_factor": Arm("MM-DPO, released factor", "study/released_factor", "generated"),
     "released_batch": Arm("MM-DPO, released batch beta", "study/released_batch"),
-    "known_margins": Arm("MM-DPO, margin-matched labels", "study/known_margins"),
+    "known_margins": Arm("MM-DPO, true margins", "study/known_margins"),
     "scalar_margins": Arm("MM-DPO, scalar margins", MM_DPO, "scalar"),
     "human_margins": Arm("MM-DPO, margins behind reasons", MM_DPO, "human"),
 }
