@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mmrlhf_jax.objectives.pairs import (
+    Pairs,
     PreferenceInputs,
     check_at_least_zero,
     check_common,
@@ -78,7 +79,38 @@ class BetaDPO:
 
 
 @dataclass(frozen=True)
-class AOT:
+class Transport:
+    """What both losses by optimal transport share; each says in `compared` which distributions they compare."""
+
+    beta: float = 0.1
+    """How strongly the policy is held to the reference."""
+    gamma: float = 0.0
+    """Weight of the token-mean negative log-likelihood of the chosen responses."""
+    ld_alpha: float = 1.0
+    """Weight of tokens beyond the length of the other response (LD-DPO, arXiv 2409.06411); 1: that of all others."""
+    label_smoothing: float = 0.0
+    """Probability that a preference is flipped."""
+
+    needs_margin: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = True
+    needs_step_statistics: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_transport(self)
+
+    def compared(self, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
+        """The values [B, K, K] that are to dominate, and those they are to dominate."""
+        raise NotImplementedError
+
+    def __call__(self, inputs: PreferenceInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss f32 [] and metrics f32 [] of the whole step."""
+        pairs = shortened(inputs, self.ld_alpha)
+        preference = _transport(self, *self.compared(pairs), inputs.pair_weight > 0)
+        return loss_and_metrics(inputs, pairs, preference, beta=self.beta, gamma=self.gamma)
+
+
+@dataclass(frozen=True)
+class AOT(Transport):
     """Alignment by optimal transport: the policy's distribution of log-ratios is to dominate the reference's.
 
     Formula: -(1 - e) log sigmoid(beta d_n) - e log sigmoid(-beta d_n), e = label_smoothing; d_n = the n-th smallest
@@ -86,59 +118,21 @@ class AOT:
     Source: https://arxiv.org/abs/2406.05882; TRL's "aot". Every pair counts the same.
     """
 
-    beta: float = 0.1
-    """How strongly the policy is held to the reference."""
-    gamma: float = 0.0
-    """Weight of the token-mean negative log-likelihood of the chosen responses."""
-    ld_alpha: float = 1.0
-    """Weight of tokens beyond the length of the other response (LD-DPO, arXiv 2409.06411); 1: that of all others."""
-    label_smoothing: float = 0.0
-    """Probability that a preference is flipped."""
-
-    needs_margin: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = True
-    needs_step_statistics: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_transport(self)
-
-    def __call__(self, inputs: PreferenceInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss f32 [] and metrics f32 [] of the whole step."""
-        pairs, valid = shortened(inputs, self.ld_alpha), inputs.pair_weight > 0
-        preference = _transport(self, pairs.logp.difference, pairs.reference.difference, valid)
-        return loss_and_metrics(inputs, pairs, preference, beta=self.beta, gamma=self.gamma)
+    def compared(self, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
+        return pairs.logp.difference, pairs.reference.difference
 
 
 @dataclass(frozen=True)
-class AOTUnpaired:
+class AOTUnpaired(Transport):
     """Alignment by optimal transport without pairs: chosen log-ratios as a whole are to dominate rejected ones.
 
     Formula: as AOT's; d_n = the n-th smallest s_i of the chosen sides less the n-th smallest s_j of the rejected ones.
     Source: https://arxiv.org/abs/2406.05882; TRL's "aot_unpaired". Every pair counts the same.
     """
 
-    beta: float = 0.1
-    """How strongly the policy is held to the reference."""
-    gamma: float = 0.0
-    """Weight of the token-mean negative log-likelihood of the chosen responses."""
-    ld_alpha: float = 1.0
-    """Weight of tokens beyond the length of the other response (LD-DPO, arXiv 2409.06411); 1: that of all others."""
-    label_smoothing: float = 0.0
-    """Probability that a preference is flipped."""
-
-    needs_margin: ClassVar[bool] = False
-    needs_reference: ClassVar[bool] = True
-    needs_step_statistics: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_transport(self)
-
-    def __call__(self, inputs: PreferenceInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss f32 [] and metrics f32 [] of the whole step."""
-        pairs, valid = shortened(inputs, self.ld_alpha), inputs.pair_weight > 0
+    def compared(self, pairs: Pairs) -> tuple[jax.Array, jax.Array]:
         ratio = pairs.ratio
-        preference = _transport(self, ratio.chosen, ratio.rejected, valid)
-        return loss_and_metrics(inputs, pairs, preference, beta=self.beta, gamma=self.gamma)
+        return ratio.chosen, ratio.rejected
 
 
 def in_order(values: jax.Array, valid: jax.Array) -> jax.Array:
@@ -147,14 +141,14 @@ def in_order(values: jax.Array, valid: jax.Array) -> jax.Array:
     return values.ravel()[jnp.argsort(key)]
 
 
-def _transport(objective: AOT | AOTUnpaired, upper: jax.Array, lower: jax.Array, valid: jax.Array) -> jax.Array:
+def _transport(objective: Transport, upper: jax.Array, lower: jax.Array, valid: jax.Array) -> jax.Array:
     """The loss [] of the sorted differences of two samples [B, K, K]."""
     difference = in_order(upper, valid) - in_order(lower, valid)
     cost = sigmoid_loss(difference, objective.beta, objective.label_smoothing)
     return jnp.where(jnp.arange(valid.size) < valid.sum(), cost, 0).sum() / valid.sum()
 
 
-def _check_transport(objective: AOT | AOTUnpaired) -> None:
+def _check_transport(objective: Transport) -> None:
     check_common(objective, objective.beta, objective.gamma)
     check_label_smoothing(objective, objective.label_smoothing)
     if not 0 <= objective.ld_alpha <= 1:
