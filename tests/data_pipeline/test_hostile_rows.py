@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -223,6 +225,18 @@ def test_a_pickled_type_in_a_parquet_file_is_not_unpickled(tmp_path: Path) -> No
     pq.write_table(pa.table([pa.array(["a"])], schema=pa.schema([field])), tmp_path / "in.parquet")
     list(read_rows([str(tmp_path / "in.parquet")]))
     assert not (tmp_path / "ran").exists()
+
+
+def test_spoiled_statistics_of_a_column_do_not_end_the_process(tmp_path: Path) -> None:
+    """pyarrow 26 calls std::terminate when such a column's metadata are asked for."""
+    file = Path(parquet(tmp_path, {"x": [1.0, 2.0]}))
+    whole = file.read_bytes()
+    assert whole.count(b"\x00<)\x06\x19") == 1  # SizeStatistics: an empty list of repetition levels' counts ...
+    file.write_bytes(whole.replace(b"\x00<)\x06\x19", b"\x00<)F\x19"))  # ... said to have four
+    read = f"from mmrlhf_jax.data.sources.rows import read_rows; list(read_rows([{str(file)!r}]))"
+    done = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True)
+    assert done.returncode == 1, done.returncode
+    assert "SourceError" in done.stderr
 
 
 def test_a_large_value_that_every_row_points_at_is_not_copied_for_many(

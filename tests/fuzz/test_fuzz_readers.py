@@ -27,4 +27,5 @@ def test_spoiled_files_are_refused_by_name() -> None:
 
 @pytest.mark.slow
 def test_hundreds_of_spoiled_files_are_refused_by_name() -> None:
-    fuzz("all", "--executions", "600", "--brief")
+    """One seed: what CI says must not depend on luck. Other seeds are for a longer run by hand."""
+    fuzz("all", "--executions", "600", "--seed", "1", "--brief")
