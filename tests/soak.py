@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "launch"
 RECIPES = ROOT / "configs" / "quickstart"
 EVERY = 2.0  # seconds between two looks at a process
-WARM = 60.0  # seconds of a lifetime left out: compiling, first buffers, the loader's read-ahead
+WARM = 120.0  # first seconds of a lifetime left out: compiling, first buffers, the loader's read-ahead
+COOL = 20.0  # last seconds left out: a run that ends closes its files and frees its memory
 FEWEST = 30  # looks a slope is taken from
 GROWTH = 0.02  # of a lifetime's memory: what a slope may add over the whole soak and still be called flat
 TIMES = ("seconds", "per_second")
@@ -47,7 +48,7 @@ class Life:
 
     def slopes(self) -> tuple[tuple[float, float], tuple[float, float]] | None:
         """Of memory in MiB and of descriptors, an hour: (slope, its standard error) each; None of a short life."""
-        looks = np.array([look for look in self.looks if look[0] >= WARM])
+        looks = np.array([look for look in self.looks if WARM <= look[0] <= self.looks[-1][0] - COOL])
         if len(looks) < FEWEST:
             return None
         return _slope(looks[:, 0], looks[:, 1]), _slope(looks[:, 0], looks[:, 2])
