@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +21,7 @@ from mmrlhf_jax.report.examples import answer_examples, critique_examples, drawn
 from mmrlhf_jax.report.markup import Children, Markup, element, fragment
 from mmrlhf_jax.report.metrics import binned_in_words, curve_grids, final_table, key_of
 from mmrlhf_jax.report.pictures import Album
-from mmrlhf_jax.report.runs import Run
+from mmrlhf_jax.report.runs import Run, short_names
 from mmrlhf_jax.report.scales import drawable, figure
 from mmrlhf_jax.training.model import absolute
 
@@ -109,9 +110,17 @@ def _curves(material: Material) -> Section:
     charts = [
         fragment(element("h3", heading), element("div", drawn, class_="grid-of-charts")) for heading, drawn in grids
     ]
-    said = binned_in_words(runs)
+    said = " ".join(filter(None, (_lengths_in_words(runs), binned_in_words(runs))))
     lead = element("p", said, class_="lead") if said else None
     return Section("curves", "Curves", fragment(ends if table else None, lead, charts), tuple(absent))
+
+
+def _lengths_in_words(runs: Sequence[Run]) -> str:
+    """A curve that ends early is one of a shorter run, not of one that failed."""
+    lengths = {run.name: int(run.steps.step[-1]) for run in runs if len(run.steps)}
+    if len(set(lengths.values())) < 2:
+        return ""
+    return "Runs differ in length: " + ", ".join(f"{name} {steps:,} steps" for name, steps in lengths.items()) + "."
 
 
 def _beta(material: Material) -> Section:
@@ -175,30 +184,33 @@ def _calibration(material: Material) -> Section:
             )
         )
         return Section("calibration", "Calibration", None, tuple(missing))
-    charts = []
-    for scored in material.scorings[:MOST_SCORINGS]:
+    charts, shown = [], material.scorings[:MOST_SCORINGS]
+    manners = Counter(scored.manner for scored in shown)
+    paths = list(dict.fromkeys(scored.dataset.path for scored in shown))
+    short = dict(zip(paths, short_names(paths), strict=True))
+    for scored in shown:
         differences, tied = differences_of(scored, material.groups[scored.dataset.path])
         finite = differences[np.isfinite(differences)]
         if not len(finite):
             missing.append(f"Calibration of {scored.name}: none of the groups it scored has an annotated pair.")
             continue
         found, about = calibrate(finite), _about(material, scored, tied)
-        charts.append(
-            calibration_chart(found, scored.manner, _model_name(scored), about, _judge(material, scored) or 0)
-        )
+        title = f"{scored.manner}: {short[scored.dataset.path]}" if manners[scored.manner] > 1 else scored.manner
+        charts.append(calibration_chart(found, title, _last_name(scored.model), about, _judge(material, scored) or 0))
     if len(material.scorings) > MOST_SCORINGS:
         missing.append(f"Calibration of {len(material.scorings) - MOST_SCORINGS} more scorings beside the data.")
     lead = (
         "How sure the reward model is that the response it scores higher is preferred, σ(score difference), against "
         "how often the annotators agree. On the diagonal it is as sure as it is right; below, too sure. "
-        "ECE: mean distance from it."
+        "ECE: mean distance from it. Annotators err too: with rankings that contradict each other no model agrees, and "
+        "one may be right more often than it agrees."
     )
     body = fragment(element("p", lead, class_="lead"), element("div", charts, class_="grid-of-charts spaced"))
     return Section("calibration", "Calibration of the reward model", body if charts else None, tuple(missing))
 
 
-def _model_name(scored: Judged) -> str:
-    return "/".join(scored.model.rstrip("/").split("/")[-1:])
+def _last_name(path: str) -> str:
+    return path.rstrip("/").split("/")[-1]
 
 
 def _about(material: Material, scored: Judged, tied: int) -> str:
@@ -279,7 +291,7 @@ def _critiques(material: Material) -> Section:
         return Section("critiques", "Critiques", None, (fragment("Critiques beside scores: ", _command(command), "."),))
     scored = min(written, key=lambda each: each.store.key["samples"])  # a score of its own beside each critique
     examples = critique_examples(scored, material.groups[scored.dataset.path], max(2, material.shown // 2))
-    lead = f"{_model_name(scored)} on {scored.dataset.path}. {scored.manner}. Rank 1 is the annotators' best."
+    lead = f"{_last_name(scored.model)} on {scored.dataset.path}. {scored.manner}. Rank 1 is the annotators' best."
     body = fragment(
         element("p", lead, class_="lead"),
         [fragment(element("h3", why[:1].upper() + why[1:]), groups) for why, groups in examples],

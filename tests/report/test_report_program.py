@@ -133,6 +133,7 @@ def test_runs_side_by_side_share_their_charts_and_differ_where_it_is_marked(repo
     assert "a/run" in page.text
     assert "b/run" in page.text
     assert "mean of 3 steps of B" in page.text
+    assert "Runs differ in length: a/run 40 steps, b/run 400 steps." in page.text
     assert "β = 0.3 for every pair" in page.text
     marked = [
         i for i, (tag, attributes) in enumerate(page.tags) if (tag, attributes.get("class")) == ("mark", "differs")
@@ -188,6 +189,15 @@ def test_scores_beside_the_data_are_calibrated_and_shown_with_their_critiques(re
     assert page.text.count("the cat is no cat") == 18
     assert "It was trained on this data" in page.text
     assert "Where the scores contradict the annotators most" in page.text
+
+
+def test_scorings_of_two_datasets_are_told_apart_by_their_titles(report, data, tmp_path):
+    other = write_dataset(tmp_path / "other", ["Who?"] * 6)
+    for each in (data, other):
+        write_scores(each, [0.0, 1.0, 2.0], "")
+    _, html, _ = report(write_run(tmp_path / "run", dataset=data), "--dataset", other.path)
+    titles = re.findall(r"<figcaption><b>(Behind[^<]*)</b>", html)
+    assert [title.rsplit(": ")[-1] for title in titles] == ["other/data", "world/data"]
 
 
 def test_scores_of_what_the_data_was_before_cost_only_themselves(report, data, tmp_path):
