@@ -69,15 +69,23 @@ def media_at(folder: Path) -> Places:
     (root / "many").mkdir()
     for number in range(6):
         (root / "many" / f"{number}.png").symlink_to(root / "a.png")
-    with (root / "huge.png").open("wb") as huge:  # of holes: it takes no room
-        huge.truncate(media.MAX_FILE_BYTES + 1)
+    _holes(root / "huge.png", media.MAX_FILE_BYTES + 1)
     names = sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+    (root / "heavy").mkdir()
+    for number in range(3):
+        _holes(root / "heavy" / f"{number}.png", media.MAX_MEDIA_BYTES // 3 + 1)
     return Places(root, [*names, "new.png", "new.mp4"], corpus.pictures(), clips, folder / "spool")
+
+
+def _holes(file: Path, size: int) -> None:
+    """A file of so many bytes that takes no room."""
+    with file.open("wb") as empty:
+        empty.truncate(size)
 
 
 def spoiled_path(rng: Random, state: Places) -> Made:
     """A path that was tampered with, or a good one to a file that was."""
-    path = rng.choice(state.names)
+    path = rng.choice(state.names) if rng.randrange(2_000) else "heavy"
     new: dict[str, bytes] = {}
     if rng.random() < 0.3:
         path, good = rng.choice(
