@@ -18,7 +18,7 @@ import mutate
 from etils import epath
 from texts import Made
 
-from mmrlhf_jax.data import media, video
+from mmrlhf_jax.data import containers, media, video
 from mmrlhf_jax.data.media import MediaRoot
 from mmrlhf_jax.groups import Media
 
@@ -124,10 +124,40 @@ def run_media(state: Places, made: Made) -> Iterable[str]:
 
 
 def clips_at(folder: Path) -> dict[str, Any]:
-    return {"clips": list(corpus.clips(folder).values()), "path": folder / "clip.mp4"}
+    made = corpus.clips(folder)
+    return {"clips": [*made.values(), _of_64_bits(made["a.mp4"])], "path": folder / "clip.mp4"}
+
+
+def _of_64_bits(clip: bytes) -> bytes:
+    """The box of frames with its size in eight bytes, over the empty box that FFmpeg leaves in front for it."""
+    at = clip.index(b"mdat") - 4
+    size = int.from_bytes(clip[at : at + 4])
+    assert clip[at - 8 : at] == b"\0\0\0\x08free"
+    return clip[: at - 8] + b"\0\0\0\1mdat" + (size + 8).to_bytes(8) + clip[at + 8 :]
+
+
+_BOX = b"\0\0\0\x08free"
+_EXTREMES = (
+    (b"", 0),
+    (_BOX * (containers.MAX_BOXES + 1), 0),
+    (b"RIFF\4\0\0\0AVI " * (containers.MAX_BOXES + 1), 0),
+    (_BOX, video.MAX_FILE_BYTES + 1),
+    (b"\x08\0\0\0moov", containers.MAX_INDEX_BYTES * 2),
+    (b"\0\0\0\x18moovstsz\0\0\0\0\0\0\0\0\x7f\0\0\0", 0),
+    (b"\0\0\0\x18moovstsz\0\0\0\0\0\0\0\1\x7f\0\0\0", 0),
+    (b"\x1a\x45\xdf\xa3\x80" + b"\xec\x80" * (containers.MAX_BOXES + 1), 0),
+    (b"\x1a\x45\xdf\xa3\x80\xec\xff" + bytes(20), 0),
+)
+"""Beginnings of files, and sizes up to which there is nothing more: beyond each bound of a container."""
 
 
 def spoiled_clip(rng: Random, state: dict[str, Any]) -> Made:
+    if rng.randrange(200) == 0:
+        start, size = rng.choice(_EXTREMES)
+        with state["path"].open("wb") as file:
+            file.write(start)
+            file.truncate(max(size, len(start)))
+        return {"bytes": len(start)}
     data = rng.choice(state["clips"])
     kind = rng.random()
     if kind < 0.5:

@@ -282,6 +282,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="one execution, with its traceback")
     parser.add_argument("--brief", action="store_true", help="no list of outcomes")
     given = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # outcomes quote what stood in the files
     if unknown := [name for name in given.readers if name not in known and name != "all"]:
         parser.error(f"there is no reader {unknown[0]!r}; there are {', '.join(known)}")
     chosen = list(known.values()) if "all" in given.readers else [known[name] for name in given.readers]
