@@ -19,7 +19,7 @@ from etils import epath
 from texts import Made
 
 from mmrlhf_jax.data import containers, media, video
-from mmrlhf_jax.data.media import MediaRoot
+from mmrlhf_jax.data.media import MediaError, MediaRoot
 from mmrlhf_jax.groups import Media
 
 OF_BYTES = "decode,picture_size,_open,_jpeg_scans,_orientation,_rgb,_one_line"
@@ -106,6 +106,7 @@ def spoiled_path(rng: Random, state: Places) -> Made:
         "new": new,
         "frames": rng.choice((1, 4, 40)),
         "deep": rng.random() < 0.5,
+        "nowhere": rng.random() < 0.1,
     }
 
 
@@ -115,9 +116,16 @@ def run_media(state: Places, made: Made) -> Iterable[str]:
     shutil.rmtree(state.spool, ignore_errors=True)
     for name, data in made["new"].items():
         (state.root / name).write_bytes(data)
-    root = MediaRoot(str(state.root), max_frames=made["frames"], video_frames=2, spool=str(state.spool))
+    spool = state.root / "a.png" / "spool" if made["nowhere"] else state.spool  # under a file nothing can be kept
+    root = MediaRoot(str(state.root), max_frames=made["frames"], video_frames=2, spool=str(spool))
     read = media.verify_media if made["deep"] else media.read_media
-    filled = read(made["media"], root)
+    try:
+        filled = read(made["media"], root)
+    except ValueError as error:
+        if isinstance(error, MediaError) or not made["nowhere"]:
+            raise
+        yield "frames that cannot be kept: no fault of the row's"
+        return
     assert corpus.SECRET not in filled.sizes, "a picture from outside the media root"
     assert media.read_media(made["media"], root).sha256 == filled.sha256, "read again, from where frames are kept"
     yield "accepted"

@@ -38,8 +38,8 @@ class Rows:
 def classed(message: str) -> str:
     """A message without what differs from row to row."""
     message = re.sub(r"other settings \(.*", "other settings (…)", message, flags=re.DOTALL)
-    message = re.sub(r"/\S*?(?=[:\s]|$)", "PATH", message)
     message = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'…'", message, flags=re.DOTALL)
+    message = re.sub(r"/\S*?(?=[:\s]|$)", "PATH", message)
     return re.sub(r"-?\d[\d.e+]*", "N", " ".join(message.split()))[:70]
 
 
