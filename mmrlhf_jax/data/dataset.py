@@ -208,10 +208,13 @@ def _group_of(record: bytes) -> Group:
     group = Group.from_json(record.decode())
     texts = [group.id, *(turn.text for turn in group.prompt), *(response.text for response in group.responses)]
     texts += [text for media in group.media for text in (media.path, media.sha256)]
+    texts += [origin.file for origin in group.origins]
+    texts += [response.reason for response in group.responses if response.reason is not None]
     numbers = [response.score for response in group.responses] + [pair.margin for pair in group.pairs]
     places = [place for pair in group.pairs for place in (pair.chosen, pair.rejected)]
     counts = [response.rank for response in group.responses] + [turn.media for turn in group.prompt] + places
     counts += [side for media in group.media for size in media.sizes for side in size]
+    counts += [origin.line for origin in group.origins]
     if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
         raise TypeError("a text or a number is none")
     if not all(number is None or math.isfinite(number) for number in numbers):
@@ -222,6 +225,10 @@ def _group_of(record: bytes) -> Group:
         raise ValueError("a turn of nobody")
     if any(media.kind not in ("image", "video") for media in group.media):
         raise ValueError("media of no kind")
+    if sum(group.media_before()) != len(group.media):
+        raise ValueError("media that stand in no turn")
+    for text in texts:
+        text.encode()  # a lone surrogate could be written nowhere
     return group
 
 

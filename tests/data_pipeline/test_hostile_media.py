@@ -10,16 +10,18 @@ import re
 import threading
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from data_samples import picture, row, write_media, write_rows
+from etils import epath
 from PIL import Image
 
 from mmrlhf_jax.data import media
 from mmrlhf_jax.data.annotations import AnnotationError, AnnotationStore, find
-from mmrlhf_jax.data.dataset import DatasetError
+from mmrlhf_jax.data.dataset import DatasetError, write_dataset
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.media import MediaError, MediaRoot, decode, picture_size, read_media
 from mmrlhf_jax.data.mixture import MixtureError, open_mixture
@@ -165,6 +167,32 @@ def test_a_damaged_shard_is_named(stored: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(DatasetError, match="is damaged"):
         list(open_dataset(stored).groups())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"reason": null', '"reason": {"x": null}', "a text or a number is none"),
+        ('"line": 1', '"line": "clip"', "a text or a number is none"),
+        ('"text": "good"', r'"text": "\ud800"', "surrogates not allowed"),
+        ('"text": "What?"', '"text": "What?", "media": 1', "media that stand in no turn"),
+    ],
+)
+def test_a_record_that_is_no_group_is_named(stored: Path, old: str, new: str, said: str) -> None:
+    """In shards that are whole: readers of a dataset call these texts and numbers."""
+    (group,) = open_dataset(stored).groups()
+    text = group.to_json()
+    assert old in text
+    written = write_dataset(
+        epath.Path(stored.parent / "aside"),
+        [SimpleNamespace(to_json=lambda: text.replace(old, new))],  # type: ignore[list-item]
+        [0],
+        lambda _: [],
+        json.loads((stored / "metadata.json").read_text()),
+        1,
+    )
+    with pytest.raises(DatasetError, match=rf"row 0 or one after it is damaged \(.*{said}"):
+        list(open_dataset(written).groups())
 
 
 @pytest.mark.parametrize("text", ["[]", '{"rows": "x"}', "\0", "[" * 10**5])

@@ -29,7 +29,13 @@ def pictures() -> list[bytes]:
     notes.add_text("note", "x" * 500, zip=True)
     notes.add_itxt("note", "y" * 300, "en", "note", zip=True)
     frames = [Image.new("P", SIZE, color) for color in range(3)]
-    made += [_saved("RGB", "PNG", pnginfo=notes), png_bomb(), png_of(60_000, 60_000), gif_of(65_535, 65_535)]
+    made += [
+        _jpeg_of_scans(120),
+        _saved("RGB", "PNG", pnginfo=notes),
+        png_bomb(),
+        png_of(60_000, 60_000),
+        gif_of(65_535, 65_535),
+    ]
     made += [
         _bytes(frames[0], format, save_all=True, append_images=frames[1:]) for format in ("GIF", "WEBP", "TIFF", "PNG")
     ]
@@ -80,6 +86,13 @@ def _bytes(image: Image.Image, format: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format=format, **options)
     return buffer.getvalue()
+
+
+def _jpeg_of_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan stands in it so many times."""
+    whole = _saved("RGB", "JPEG", progressive=True)
+    at = whole.rindex(b"\xff\xda")
+    return whole[:at] + whole[at:-2] * count + whole[-2:]
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import logging
 import mmap
@@ -22,16 +21,17 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from types import CodeType, FrameType
 from typing import Any
+
+from covered import Lines, by_module, lines_in, share
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
@@ -73,50 +73,6 @@ class Tally:
         self.failures.setdefault(what, number)
 
 
-class Lines:
-    """Which lines of functions of some files ran. A function all of whose lines are known is no longer watched."""
-
-    def __init__(self, files: tuple[str, ...]):
-        self._missing: dict[CodeType, set[int]] = {}
-        self._files = frozenset(files)
-        self.all = {(file, line) for file in files for code in functions_in(file) for line in lines_of(code)}
-        self.seen: set[tuple[str, int]] = set()
-
-    def call(self, frame: FrameType, event: str, _: Any) -> Any:
-        code = frame.f_code
-        if code.co_filename not in self._files:
-            return None
-        missing = self._missing.setdefault(code, lines_of(code))
-        return self._line if missing else None
-
-    def _line(self, frame: FrameType, event: str, _: Any) -> Any:
-        code = frame.f_code
-        self.seen.add((code.co_filename, frame.f_lineno))
-        self._missing[code].discard(frame.f_lineno)
-        return self._line
-
-
-def functions_in(file: str) -> Iterator[CodeType]:
-    """Code objects of all functions that read; what runs on import is left out."""
-    from stored import NOT_READERS
-
-    left_out = NOT_READERS.get(Path(file).name, ())
-    pending = [(compile(Path(file).read_text(), file, "exec"), False)]
-    while pending:
-        code, is_function = pending.pop()
-        if is_function and code.co_qualname.startswith(left_out):
-            continue
-        if is_function:
-            yield code
-        for inner in code.co_consts:
-            if isinstance(inner, CodeType):  # CO_NEWLOCALS: not the body of a class
-                pending += [(inner, bool(inner.co_flags & 0x2))]
-
-
-def lines_of(code: CodeType) -> set[int]:
-    return {line for _, _, line in code.co_lines() if line is not None and line != code.co_firstlineno}
-
-
 class Opened:
     """Files that are opened while a reader runs, outside its folder and outside what Python itself reads."""
 
@@ -144,18 +100,14 @@ class Opened:
             self.strange.append(path)
 
 
-def sources_of(modules: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(importlib.import_module("mmrlhf_jax." + name.replace("/", ".")).__file__ or "" for name in modules)
-
-
 def work(reader: Any, seed: int, numbers: range, skipped: set[int], state_file: Path, beat: mmap.mmap) -> None:
     """The process of one reader: executions `numbers`, from where an earlier one stopped."""
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{reader.name}-"))
     # an audit hook sees what `open` is asked for; links out of the folder are resolved
     try:
         state = reader.start(folder)
-        tally, lines, opened = Tally.load(state_file), Lines(sources_of(reader.modules)), Opened(folder)
-        lines.seen |= tally.lines
+        tally, opened = Tally.load(state_file), Opened(folder)
+        lines = Lines(reader.modules, tally.lines)
         for number in numbers[tally.done :]:
             if number not in skipped:
                 _execute(reader, state, Random(f"{seed} {reader.name} {number}"), number, tally, lines, opened, beat)
@@ -181,6 +133,7 @@ def _execute(
     started = time.process_time()
     opened.watching = True
     if reader.modules and (number < 3_000 or number % 4 == 0):
+        threading.settrace(lines.call)  # pictures are proven by threads
         sys.settrace(lines.call)
     found: list[str] = []
     try:
@@ -194,6 +147,7 @@ def _execute(
         found.append(f"CRASH {type(error).__name__}")
     finally:
         sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]
         opened.watching = False
     took = time.process_time() - started
     tally.outcomes.update(set(found) or {"nothing in it"})
@@ -206,7 +160,7 @@ def _execute(
 
 
 def _class(error: BaseException) -> str:
-    from readers import classed
+    from texts import classed
 
     return classed(str(error)[:4000])
 
@@ -276,28 +230,17 @@ def _wait(pid: int, beat: mmap.mmap) -> tuple[int, bool]:
 
 
 def report(reader: Any, tally: Tally, seconds: float, full: bool) -> str:
-    everything = {(f, line) for f in sources_of(reader.modules) for c in functions_in(f) for line in lines_of(c)}
-    covered = len(tally.lines & everything)
-    share = f"{100 * covered / len(everything):.0f} % of {len(everything)} lines" if everything else "lines not counted"
+    everything = lines_in(reader.modules)
     text = [
         f"{reader.name}: {tally.done} executions in {seconds:.0f} s, {len(tally.outcomes)} outcomes, slowest "
-        f"{tally.slowest[0]:.2f} s (execution {tally.slowest[1]}), peak {tally.peak / 1e6:.0f} MB, {share}"
+        f"{tally.slowest[0]:.2f} s (execution {tally.slowest[1]}), peak {tally.peak / 1e6:.0f} MB, "
+        f"{share(everything, tally.lines)}"
     ]
     if full:
         text += [f"  {count:7} {what}" for what, count in tally.outcomes.most_common()]
+        text += [f"  {row}" for row in by_module(everything, tally.lines)]
     text += [f"  FAILED  {what}: --only {number}" for what, number in list(tally.failures.items())[:FAILURES_SHOWN]]
     return "\n".join(text)
-
-
-def coverage_of(readers: list[Any], seen: set[tuple[str, int]]) -> list[str]:
-    """Lines of each module that any of the readers ran."""
-    rows = []
-    for file in sorted({file for reader in readers for file in sources_of(reader.modules)}):
-        lines = {(file, line) for code in functions_in(file) for line in lines_of(code)}
-        missing = sorted(line for _, line in lines - seen)
-        share = 100 * (1 - len(missing) / len(lines))
-        rows.append(f"  {share:4.0f} % of {len(lines):4} lines  {Path(file).name}  not run: {missing}")
-    return rows
 
 
 def fuzz(readers: list[Any], executions: int, seed: int, full: bool = True) -> int:
@@ -306,11 +249,12 @@ def fuzz(readers: list[Any], executions: int, seed: int, full: bool = True) -> i
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         for reader in readers:
             started = time.monotonic()
-            tally = watch(reader, seed, max(1, executions // reader.slow), Path(folder))
+            tally = watch(reader, seed, executions, Path(folder))
             print(report(reader, tally, time.monotonic() - started, full), flush=True)
             failed += bool(tally.failures)
             seen |= tally.lines
-    print("\n".join(coverage_of(readers, seen)))
+    everything = lines_in({part for reader in readers for part in reader.modules})
+    print("all readers together:", *by_module(everything, seen), sep="\n  ")
     print(f"seed {seed}: {failed} of {len(readers)} readers failed")
     return failed
 
@@ -338,6 +282,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="one execution, with its traceback")
     parser.add_argument("--brief", action="store_true", help="no list of outcomes")
     given = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # outcomes quote what stood in the files
     if unknown := [name for name in given.readers if name not in known and name != "all"]:
         parser.error(f"there is no reader {unknown[0]!r}; there are {', '.join(known)}")
     chosen = list(known.values()) if "all" in given.readers else [known[name] for name in given.readers]

@@ -1,4 +1,4 @@
-"""Readers of what our own programs store: a dataset, its annotations and an OUTPUT may be downloaded too.
+"""Readers of what our own programs leave beside a dataset, and of an OUTPUT: they may be downloaded too.
 
 Names as in `readers`.
 """
@@ -15,16 +15,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import corpus
 import mutate
 import numpy as np
-from data_samples import WordCounter
 from etils import epath
 
 from mmrlhf_jax.data.annotations import AnnotationError, AnnotationStore, find
-from mmrlhf_jax.data.dataset import DatasetError
-from mmrlhf_jax.data.datasets import open_dataset
-from mmrlhf_jax.data.prepare import PrepareError, PrepareOptions, prepare
 from mmrlhf_jax.data.rewards import REWARD, GroupReward, content_of, made_by, read_rewards
 from mmrlhf_jax.evaluation import results
 from mmrlhf_jax.evaluation.comparisons import BenchmarkError
@@ -44,9 +39,16 @@ class Stored:
     files: dict[str, bytes]
     more: Any = None
 
-    def put(self, changed: dict[str, bytes]) -> None:
+    def put(self, changed: dict[str, bytes | None]) -> None:
+        """What is changed to None is not there; a file "" stands in the folder's place."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.unlink(missing_ok=True) if self.folder.is_file() else None
+        if "" in changed:
+            self.folder.write_bytes(changed[""] or b"")
+            return
         for name, data in {**self.files, **changed}.items():
+            if data is None:
+                continue
             path = self.folder / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
@@ -77,19 +79,28 @@ def annotations_at(folder: Path) -> Stored:
         hashes = [content_of(groups[row], "generated") for row in rows]
         store.write(rows, hashes, {name: [each[name] for each in arrays] for name in arrays[0]})
     (store.directory / "made_by.json").write_text(json.dumps({"model": "m", "command": "c"}))
-    files = {str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(home)): path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file()}
     return Stored(home, files)
 
 
 def spoiled_annotations(rng: Random, state: Stored) -> Made:
     name = rng.choice(list(state.files))
+    kind = rng.random()
+    if kind < 0.02:
+        return {"changed": dict.fromkeys(state.files)}
+    if kind < 0.04:
+        return {"changed": {name: None}}
+    if kind < 0.08 and name.endswith(".npz"):  # a part whose rows another one has too
+        return {
+            "changed": {f"{name.rsplit('-', 2)[0]}-{rng.choice(('1-1', '0-9', '3-2', 'x'))}.npz": state.files[name]}
+        }
     if name.endswith(".json"):
         data = spoiled_json(rng, json.loads(state.files[name]))
     elif rng.random() < 0.4:
         data = mutate.mutated_bytes(rng, state.files[name])
     else:
         data = _spoiled_npz(rng, state.files[name])
-    return {"name": name, "changed": {name: data}}
+    return {"changed": {name: data}}
 
 
 def spoiled_json(rng: Random, value: Any) -> bytes:
@@ -102,7 +113,7 @@ def _spoiled_npz(rng: Random, data: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     name = rng.choice(list(members))
-    kind = rng.randrange(6)
+    kind = rng.randrange(8)
     if kind == 0:
         members[name] = mutate.mutated_bytes(rng, members[name], list(members.values()))
     elif kind == 1:
@@ -113,10 +124,18 @@ def _spoiled_npz(rng: Random, data: bytes) -> bytes:
         members[name] = _npy_header(rng.choice(_HEADERS)) + bytes(rng.choice((0, 8, 64)))
     elif kind == 4:
         members[name] = _npy(rng.choice(_ARRAYS))
+    elif kind == 5:  # rows of other groups, or of none, well written
+        members["rows.npy"] = _npy(np.array(rng.choice(([0, 1], [1, 0], [2, 3], [0, 4], [0, 0], [0, -1], [7]))))
+    elif kind == 6:  # arrays in the order of another
+        whole = np.load(io.BytesIO(members[name]))
+        members[name] = _npy(
+            rng.choice((whole[::-1], whole[:1], whole.astype(bool) if name != "hashes.npy" else whole))
+        )
     else:
         members[f"{mutate.hostile_text(rng)[:100]}.npy"] = members[name]
     buffer = io.BytesIO()
-    method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+    stored, others = zipfile.ZIP_STORED, (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    method = stored if rng.random() < 0.8 else rng.choice(others)
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for name, member in members.items():
             archive.writestr(name.replace("\0", "") or "x", member)
@@ -185,21 +204,40 @@ def answers_at(folder: Path) -> Stored:
     file.state(SETTINGS)
     for numbers in ([1, 2], [5]):
         file.write("answers", [{"line": number, "id": str(number), "answers": ["a", "b"]} for number in numbers])
-    files = {str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(home)): path.read_bytes() for path in sorted(home.rglob("*")) if path.is_file()}
     return Stored(home, files, file)
 
 
 def spoiled_answers(rng: Random, state: Stored) -> Made:
     name = rng.choice(list(state.files))
+    part = next(each for each in state.files if each.endswith(".jsonl"))
+    if rng.random() < 0.1:
+        return {"changed": rng.choice(_other_outputs(state.files, part))}
     if name.endswith(".json"):
         return {"changed": {name: spoiled_json(rng, json.loads(state.files[name]))}}
     rows = [json.loads(line) for line in state.files[name].splitlines()]
     return {"changed": {name: mutate.json_file(rng, [mutate.mutated(rng, row, 1) for row in rows])}}
 
 
+def _other_outputs(files: dict[str, bytes], part: str) -> tuple[dict[str, bytes | None], ...]:
+    """Whole files, of which some are missing, stand twice, or are those of another program."""
+    settings = next(name for name in files if name.endswith(".json"))
+    return (
+        dict.fromkeys(files),
+        {settings: None},
+        {settings: None, "answers.jsonl": b"{}\n"},
+        {name: None for name in files if name != settings},
+        {f"{part.rsplit('/', 1)[0]}/answers-1-9.jsonl": files[part]},
+        {f"{part.rsplit('/', 1)[0]}/critiques-1-2.jsonl": files[part]},
+        {f"{part.rsplit('/', 1)[0]}/mine.txt": b"mine"},
+        {"answers.jsonl": files[part]},
+    )
+
+
 def run_answers(state: Stored, made: Made) -> Iterable[str]:
     state.put(made["changed"])
     state.more.check(SETTINGS)
+    state.more.state(SETTINGS)  # adds to what is stored there
     state.more.done("answers")
     state.more.finish("answers")
     state.more.read()
@@ -212,6 +250,8 @@ def results_at(folder: Path) -> Stored:
 
 
 def spoiled_results(rng: Random, state: Stored) -> Made:
+    if rng.random() < 0.05:
+        return {"changed": rng.choice(({"": b"a file"}, {"results.json": None}))}
     return {"changed": {"results.json": spoiled_json(rng, json.loads(state.files["results.json"]))}}
 
 
@@ -219,83 +259,6 @@ def run_results(state: Stored, made: Made) -> Iterable[str]:
     state.put(made["changed"])
     found = results.find_done(str(state.folder), SETTINGS)
     yield "found" if found else "nothing there"
-
-
-def dataset_at(folder: Path) -> Stored:
-    """A prepared dataset of two groups with a picture, and the options that find it done."""
-    rows = [row for row in corpus.text_rows()["mm_rlhf"] if row["id"] in ("q", "t")]
-    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = PrepareOptions(
-        source="mm_rlhf",
-        inputs=(str(folder / "in.jsonl"),),
-        output=str(folder / "data"),
-        media=str(corpus.media_root(folder)),
-        workers=1,
-    )
-    prepare(options)
-    home = folder / "data"
-    return Stored(home, {path.name: path.read_bytes() for path in home.iterdir()}, options)
-
-
-def spoiled_dataset(rng: Random, state: Stored) -> Made:
-    name = rng.choice(list(state.files))
-    data = state.files[name]
-    if rng.random() < 0.4:
-        return {"changed": {name: mutate.mutated_bytes(rng, data, list(state.files.values()))}}
-    if name.endswith(".json"):
-        return {"changed": {name: spoiled_json(rng, json.loads(data))}}
-    if name.endswith(".jsonl"):
-        return {
-            "changed": {
-                name: mutate.json_file(rng, [mutate.mutated(rng, json.loads(line), 1) for line in data.splitlines()])
-            }
-        }
-    return {"changed": {name: _spoiled_record(rng, data)}}
-
-
-def _spoiled_record(rng: Random, data: bytes) -> bytes:
-    """A shard with another record of a group in it, written as the project writes them."""
-    at = rng.randrange(len(data))
-    return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
-
-
-def run_dataset(state: Stored, made: Made) -> Iterable[str]:
-    state.put(made["changed"])
-    data = open_dataset(str(state.folder))
-    for row, group in enumerate(data.groups()):
-        assert group.origins is not None
-        data.with_media(row)
-    prepare(state.more)
-    yield "accepted"
-
-
-def run_prepare(state: Any, made: Made) -> Iterable[str]:
-    """Everything that launch/prepare.py does, on rows about pictures, frames and clips."""
-    output = state.folder / "out"
-    for place in (output, *state.folder.glob(".out.*")):
-        shutil.rmtree(place, ignore_errors=True)
-    limited = made["rng"] < 0.2
-    options = PrepareOptions(
-        source="mm_rlhf",
-        inputs=(made["file"],),
-        output=str(output),
-        media=str(state.root) if made["rng"] < 0.95 else None,
-        workers=1,
-        max_rejected=1.0 if made["rng"] < 0.9 else 0.3,
-        video_frames=2,
-        renderer=WordCounter() if limited else None,
-        max_tokens=30 if limited else None,
-        limit=1 if made["rng"] < 0.05 else None,
-    )  # type: ignore[arg-type]
-    report = prepare(options)
-    if made["rng"] < 0.3:
-        assert prepare(options).groups == report.groups
-    data = open_dataset(str(output))
-    assert len(data) == report.groups
-    for row in range(len(data)):
-        sizes = [size for each in data.with_media(row).media for size in each.sizes]
-        assert corpus.SECRET not in sizes, "a picture from outside the media root"
-    yield f"prepared, {'some' if report.rejected else 'none'} rejected"
 
 
 STORED = (
@@ -306,51 +269,7 @@ STORED = (
         annotations_at,
         spoiled_annotations,
         run_annotations,
-        1,
     ),
-    ("answer_file", ("inference/answer_file",), (AnswerFileError,), answers_at, spoiled_answers, run_answers, 1),
-    ("results", ("evaluation/results",), (BenchmarkError,), results_at, spoiled_results, run_results, 1),
-    (
-        "dataset",
-        ("data/dataset", "data/datasets", "data/report"),
-        (DatasetError, PrepareError),
-        dataset_at,
-        spoiled_dataset,
-        run_dataset,
-        1,
-    ),
+    ("answer_file", ("inference/answer_file",), (AnswerFileError,), answers_at, spoiled_answers, run_answers),
+    ("results", ("evaluation/results",), (BenchmarkError,), results_at, spoiled_results, run_results),
 )
-NOT_READERS = {
-    "annotations.py": ("AnnotationStore.open", "AnnotationStore.write", "_stack", "Rows."),
-    "rewards.py": (
-        "write_readable",
-        "with_scores",
-        "note_command",
-        "stored_scores",
-        "_store_beside",
-        "_described",
-        "cut_short",
-    ),
-    "dataset.py": ("PreparedGroups.", "_shards", "_ahead", "write_dataset", "upload_dataset", "_is_data"),
-    "report.py": ("Spread.of", "report_of", "_spreads", "_buckets", "rejected_to_json", "Report.to_json"),
-    "prepare.py": ("_progress", "_write", "_reload", "_metadata", "_clear", "_waiting"),
-    "results.py": ("figures", "write", "_write", "table", "_cell", "_figure"),
-    "answer_file.py": (
-        "AnswerFile.write",
-        "AnswerFile.state",
-        "AnswerFile.saving",
-        "AnswerFile.list_rejected",
-        "AnswerFile.clear_parts",
-        "AnswerFile.rejected",
-        "AnswerFile.finished",
-    ),
-    "comparisons.py": ("Scored.",),
-    "rows.py": ("Source.",),
-    "prompts.py": ("dataset_prompts", "Prompts.without", "Prompts._origin"),
-    "media.py": ("_read_object",),  # of a bucket
-    "containers.py": (),
-    "video.py": ("_require_av",),
-}
-"""What only writes, or needs a bucket, by the beginning of its name: left out where lines of readers are counted."""
-
-REFUSALS_OF_PREPARE = (PrepareError, DatasetError)
