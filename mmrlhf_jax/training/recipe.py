@@ -166,7 +166,7 @@ class CheckpointConfig:
 class StuckConfig:
     """When a run that does not come on is ended, with a message that names process, host and step. inf: never"""
 
-    step: float = 40.0
+    step: float = 35.0
     """seconds without a sign of progress in a step, data included; or ten times the slowest of the last 16 steps where
     that is longer"""
     other: float = 3600.0
