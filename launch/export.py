@@ -68,7 +68,10 @@ def _export_adapter(command: Export) -> None:
         raise ValueError(f"{command.model} is a reward model, whose head no PEFT directory holds: leave out --adapter")
     base = base_of(command.model)
     with lease(beside(command.output), command.output):
-        save_adapter(model.params, command.output, base=base)
+        written = save_adapter(model.params, command.output, base=base)
+    if not written:
+        print(f"{command.output} is written already")
+        return
     print(f"wrote the adapter {command.output}{_source(command.model, model.step)}")
     if not _loads_in_peft(base):
         print(

@@ -44,7 +44,7 @@ from mmrlhf_jax.quickstart import (
     stored_rewards,
     write_marked,
 )
-from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
+from mmrlhf_jax.stages import Stages, claimed, stop_on_sigterm
 
 LAUNCH = Path(__file__).resolve().parent
 RECIPES = LAUNCH.parent / "configs" / "quickstart"
@@ -84,8 +84,13 @@ def main() -> None:
     stop_on_sigterm()
     arguments = tyro.cli(Arguments, prog="quickstart.py", description=__doc__)
     output = Path(arguments.output)
-    claim(output, "quickstart", {k: v for k, v in dataclasses.asdict(arguments).items() if k != "output"})
-    stages = Stages(output, LAUNCH)
+    with claimed(output, "quickstart", {k: v for k, v in dataclasses.asdict(arguments).items() if k != "output"}):
+        _run(Stages(output, LAUNCH), arguments)
+
+
+def _run(stages: Stages, arguments: Arguments) -> None:
+    """Every stage, and what came out."""
+    output = stages.output
     _data(stages, arguments)
     seed = arguments.seed
     _train(stages, "sft", "sft_tasks", output / "model", arguments.sft_steps, seed)

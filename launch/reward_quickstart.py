@@ -41,7 +41,7 @@ from mmrlhf_jax.quickstart import (
     pair_accuracy,
     stored_rewards,
 )
-from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
+from mmrlhf_jax.stages import Stages, claimed, stop_on_sigterm
 
 LAUNCH = Path(__file__).resolve().parent
 RECIPES = LAUNCH.parent / "configs" / "quickstart"
@@ -102,7 +102,12 @@ def main() -> None:
     arguments = tyro.cli(Arguments, prog="reward_quickstart.py", description=__doc__)
     output = Path(arguments.output)
     options = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in ("output", "seeds")}
-    claim(output, "reward_quickstart", options)
+    with claimed(output, "reward_quickstart", options):
+        _run(output, arguments, options)
+
+
+def _run(output: Path, arguments: Arguments, options: Mapping[str, Any]) -> None:
+    """Every seed, and what came out."""
     found: dict[int, dict[str, Any]] = {}
     for seed in arguments.seeds:
         found[seed] = _one_seed(output / f"seed_{seed}", seed, arguments)

@@ -33,7 +33,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,7 +51,7 @@ from mmrlhf_jax.quickstart import (
     annotate_logps,
     model_of_world,
 )
-from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
+from mmrlhf_jax.stages import Stages, claimed, stop_on_sigterm, worked_on
 from mmrlhf_jax.study.arms import ARMS, BASELINES, GRID, HELD_AGAINST, SCORE_TITLES, SFT, SOURCES, TITLES, Arm, Source
 from mmrlhf_jax.study.at_once import Job, run_at_once
 from mmrlhf_jax.study.figures import BEFORE, policy_figures, score_figures, scores_without_model, step_figures
@@ -122,13 +122,19 @@ def main() -> None:
     output = Path(arguments.output)
     free = ("output", "seeds", "arms", "grid_seeds", "at_once")
     options = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in free}
-    claim(output, "study", options)
+    with claimed(output, "study", options):
+        _run(output, arguments, options)
+
+
+def _run(output: Path, arguments: Arguments, options: Mapping[str, Any]) -> None:
+    """Every seed, and the table of them."""
     print("\n".join(_budget(arguments)), flush=True)
     if min(arguments.at_once, len(arguments.seeds)) > 1:
         _side_by_side(arguments)
     for seed in arguments.seeds:  # whatever is not done yet
         print(f"seed {seed}", flush=True)
-        _one_seed(Stages(output / f"seed_{seed}", LAUNCH), seed, arguments)
+        with worked_on(output / f"seed_{seed}"):  # the lease of the whole is not held by a seed that outlives it
+            _one_seed(Stages(output / f"seed_{seed}", LAUNCH), seed, arguments)
     found = {seed: _results(output / f"seed_{seed}", seed, arguments) for seed in arguments.seeds}
     summary = summarise(found, BASELINES)
     stated = {"options": options, "seeds": found, "summary": summary.as_json()}

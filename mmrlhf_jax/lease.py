@@ -87,6 +87,12 @@ def lease(file: epath.Path, what: str, say: Callable[[str], None] = print) -> It
                 os.rmdir(file.parent)
 
 
+def held_by_parent(file: epath.Path) -> bool:
+    """Whether the process that started this one holds the lease: what works for its holder needs none of its own."""
+    holder = _read(file)
+    return holder is not None and _is_here(holder) and holder.pid == os.getppid() and _born(holder.pid) == holder.born
+
+
 def _make_directory(file: epath.Path) -> bool:
     """Whether the directory of `file` had to be made."""
     if storage.is_remote(file) or file.parent.exists():

@@ -14,13 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from etils import epath
+
 from mmrlhf_jax.command import INTERRUPTED, CommandError, UsageError
+from mmrlhf_jax.lease import beside, held_by_parent, lease
+from mmrlhf_jax.storage import write_whole
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Stages:
 
     def call(self, name: str, product: Path, work: Callable[[], object]) -> None:
         """Does `work`, which makes `product`, unless it has been done."""
-        record = self.output / "stages" / f"{name}.json"
+        record = epath.Path(self.output / "stages" / f"{name}.json")
         if record.exists() and product.exists():
             print(f"[{name}] done already")
             return
@@ -49,11 +53,11 @@ class Stages:
         with _taken() as taken:
             work()
         record.parent.mkdir(exist_ok=True)
-        record.write_text(json.dumps(taken) + "\n")
+        write_whole(record, (json.dumps(taken) + "\n").encode())
 
     def taken(self) -> dict[str, dict[str, float]]:
         """Seconds, CPU seconds and peak GiB of every stage, in order."""
-        records = sorted((self.output / "stages").iterdir(), key=lambda file: file.stat().st_mtime)
+        records = sorted((self.output / "stages").glob("*.json"), key=lambda file: file.stat().st_mtime)
         return {record.stem: json.loads(record.read_text()) for record in records}
 
     def summary(self) -> list[str]:
@@ -70,16 +74,36 @@ class Stages:
         ]
 
 
-def claim(output: Path, program: str, options: Mapping[str, Any]) -> None:
-    """Makes OUTPUT the directory of `program` with these options, or raises UsageError where it is something else's."""
+@contextmanager
+def claimed(output: Path, program: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Makes OUTPUT the directory of `program` with these options, and holds its lease within, unless the process that
+    started this one does.
+
+    Raises UsageError where OUTPUT is something else's, LeaseError where another job works there.
+    """
+    with nullcontext() if held_by_parent(beside(output)) else worked_on(output):
+        _claim(output, program, options)
+        yield
+
+
+@contextmanager
+def worked_on(output: Path) -> Iterator[None]:
+    """Holds the lease of a directory of stages. Raises LeaseError where another job does."""
+    with lease(beside(output), str(output)):
+        yield
+
+
+def _claim(output: Path, program: str, options: Mapping[str, Any]) -> None:
     stated = json.dumps(dict(options), indent=2) + "\n"
-    file = output / f"{program}.json"
+    file = epath.Path(output / f"{program}.json")
     if file.exists() and file.read_text() != stated:
         raise UsageError(f"{output} was made with other options (see {file}): name another --output or remove it")
-    if output.exists() and not file.exists() and any(output.iterdir()):
+    killed = f".{file.name}.writing"  # all that is left of a program killed at its very start
+    if output.exists() and not file.exists() and any(found.name != killed for found in output.iterdir()):
         raise UsageError(f"{output} exists and holds no {program}: name another --output")
     output.mkdir(parents=True, exist_ok=True)
-    file.write_text(stated)
+    if not file.exists():
+        write_whole(file, stated.encode())
 
 
 def stop_on_sigterm() -> None:

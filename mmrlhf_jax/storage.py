@@ -16,8 +16,9 @@ import hashlib
 import io
 import os
 import shutil
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,6 +119,33 @@ def create_whole(path: epath.Path, data: bytes) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@contextmanager
+def new_directory(output: epath.Path, last: Sequence[str]) -> Iterator[Path]:
+    """A local directory to fill, which becomes `output`. On a disk `output` appears only when whole; to a bucket the
+    files are copied, those named `last`, without which the others are nothing, at the end.
+
+    A killed run leaves one directory aside at most, which the next one replaces.
+    """
+    if is_remote(output):
+        with tempfile.TemporaryDirectory() as local:
+            yield Path(local)
+            _copy_up(Path(local), output, last)
+        return
+    partial = Path(output.with_name(f".{output.name}.partial"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(output)
+
+
+def _copy_up(local: Path, output: epath.Path, last: Sequence[str]) -> None:
+    names = sorted(file.name for file in local.iterdir() if file.name not in last)
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (*names, *(name for name in last if (local / name).exists())):
+        epath.Path(local / name).copy(output / name)
+        (local / name).unlink()  # a shard less on the disk
 
 
 def list_files(directory: PathLike) -> list[RemoteFile]:

@@ -31,6 +31,7 @@ from mmrlhf_jax.objectives import (
     Objective,
     ScalarReward,
 )
+from mmrlhf_jax.training.peers import doing
 from mmrlhf_jax.training.runtime import to_devices
 from mmrlhf_jax.training.state import TrainState, combine
 from mmrlhf_jax.training.step import loss_and_metrics, metric_names
@@ -108,8 +109,11 @@ def make_evaluate(
     def evaluate(state: TrainState, reference: Any) -> dict[str, Any]:
         began = time.perf_counter()
         sums = zeros()
-        for _, host_batch in micro_batches(held_out.plan, held_out.loader, workers=workers):
+        batches = micro_batches(held_out.plan, held_out.loader, workers=workers)
+        for number, (_, host_batch) in enumerate(batches, 1):
             batch = to_devices(host_batch, mesh)
+            jax.block_until_ready(sums)  # of the batch before: so far it has come, and the next is here already
+            doing(f"evaluating, batch {number} of {len(held_out.plan.micro_batches)}")
             sums = compiled(state.trainable, state.frozen, reference, sums, batch)
         values = {f"eval/{name}": float(np.asarray(value)) for name, value in sums.items()}
         step = int(np.asarray(state.step))

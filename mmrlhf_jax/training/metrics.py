@@ -15,7 +15,7 @@ from etils import epath
 
 from mmrlhf_jax.command import progress_line
 from mmrlhf_jax.storage import is_remote
-from mmrlhf_jax.training.peers import doing, step_took
+from mmrlhf_jax.training.peers import STEP, doing, meanwhile, step_took
 from mmrlhf_jax.training.recipe import LogConfig
 from mmrlhf_jax.training.run import RunDirectory, read_lines, write_text
 
@@ -138,7 +138,8 @@ class _LineFile:
 
     def flush(self) -> None:
         if self._remote and self._text:
-            write_text(self._path, self._text)
+            with meanwhile("uploading its log"):
+                write_text(self._path, self._text)
             self._uploaded = time.monotonic()
 
     def close(self) -> None:
@@ -244,7 +245,7 @@ class Clock:
                 item = next(items)
             except StopIteration:
                 return
-            doing("in the step", bounded=True)
+            doing(STEP, bounded=True)
             self._wait += time.perf_counter() - began
             yield item
 
@@ -258,7 +259,7 @@ class Clock:
         if new:
             self._seen.add(program)
             self._compile += time.perf_counter() - began
-            doing("in the step", bounded=True)
+            doing(STEP, bounded=True)
 
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
@@ -267,12 +268,13 @@ class Clock:
         doing("evaluating or saving")
         yield
         self._last += time.perf_counter() - began
-        doing("in the step", bounded=True)
+        doing(STEP, bounded=True)
 
     def lap(self) -> dict[str, float]:
         """The metrics of the step that ends now."""
         now = time.perf_counter()
         lap = {"seconds": now - self._last, "seconds/data_wait": self._wait, "seconds/compile": self._compile}
-        step_took(lap["seconds"] - self._compile)
+        if not self._compile:  # with it comes what else a first time takes
+            step_took(lap["seconds"])
         self._last, self._wait, self._compile = now, 0.0, 0.0
         return lap

@@ -1,9 +1,10 @@
-"""Whether the other processes of a job are still at work. One that dies or hangs leaves the others waiting in a
-collective, for ever and in silence.
+"""Whether the processes of a job are still at work. One that dies or hangs leaves the others waiting in a collective,
+for ever and in silence; one on its own hangs in silence too.
 
 Every process tells the job's coordinator, every few seconds, that it lives and what it is doing, and reads what the
 others told. Who sees another silent, failed or in everybody's way ends with a message that names it, the step and what
-it was doing. What may take any time (compiling, evaluating, saving) is never held against anybody. jax itself watches
+it was doing. How long a step may take is known by how long the last ones took; compiling, evaluating and saving, of
+which nothing is known, have a wide bound of their own, and getting to the first step has none. jax itself watches
 connections only: it notices a dead process but not a stuck one, and neither names.
 """
 
@@ -11,7 +12,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import faulthandler
 import json
+import math
+import multiprocessing
 import os
 import re
 import socket
@@ -31,15 +35,16 @@ from mmrlhf_jax.command import INTERRUPTED, CommandError
 BEAT = 4.0  # seconds between signs of life
 SILENT = 36.0  # seconds without one after which a process is taken for dead
 JAX_SILENT = 100  # the same for jax's own watch, whose message names nobody: by half of it, it must come second
-STALL = 300.0  # seconds that a step may take, however short they are otherwise
-TIMES = 20.0  # and that many times the longest of the last steps
+TIMES = 10.0  # a step may take that many times the longest of the last steps
 ENDING = 10.0  # seconds for a process to find out for itself what ended another, and say so
 KEY = "mmrlhf/peers/"
+STEP = "in the step"  # what it does there, such as a collective, may be waiting for others
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a process is doing, at which step; `limit`: seconds after which nobody can be doing it still, None = any."""
+    """What a process is doing, at which step (the last that it began); `limit`: seconds after which nobody can be doing
+    it still, None = any."""
 
     step: int = 0
     what: str = "starting"
@@ -65,16 +70,35 @@ class _Here:
     state: str = "running"
     message: str = ""
     laps: deque[float] = field(default_factory=lambda: deque(maxlen=16))  # seconds
+    step_limit: float = math.inf  # seconds
+    other_limit: float = math.inf
 
 
 _here = _Here()
 
 
+def set_limits(step: float, other: float) -> None:
+    """Seconds after which a process is stuck: in a step (or TIMES the longest of the last ones), and elsewhere. Without
+    limits nobody is. All processes of a job set the same."""
+    _here.step_limit, _here.other_limit = step, other
+
+
 def doing(what: str, step: int | None = None, *, bounded: bool = False) -> None:
-    """States what this process does from here on. `bounded`: it is part of a step, of which it is known by now how
-    long they take."""
-    limit = max(STALL, TIMES * max(_here.laps)) if bounded and _here.laps else None
-    _here.place = Place(_here.place.step if step is None else step, what, limit)
+    """States what this process does from here on: a sign of its coming on. `bounded`: it is part of a step, of which it
+    is known by now how long they take."""
+    known = bounded and bool(_here.laps)
+    limit = max(_here.step_limit, TIMES * max(_here.laps)) if known else _here.other_limit
+    step = _here.place.step if step is None else step
+    _here.place = Place(step, what, limit if math.isfinite(limit) else None)
+
+
+@contextmanager
+def meanwhile(what: str) -> Iterator[None]:
+    """Within it this process does `what`, then again what it did before."""
+    before = _here.place
+    doing(what)
+    yield
+    _here.place = before
 
 
 def step_took(seconds: float) -> None:
@@ -91,20 +115,32 @@ def client() -> Any:
 
 @contextmanager
 def watched_processes() -> Iterator[None]:
-    """Within it this process and the others watch each other; does nothing in a job of one process.
+    """Within it this process and the others watch each other; one on its own watches itself.
 
     An error that leaves it is told to the others, which end with it.
     """
+    _begin()
+    watch = Watch(jax.process_index())
     if jax.process_count() == 1:
-        yield
+        watch.start(None)
+        try:
+            yield
+        finally:
+            watch.ended.set()
         return
-    Watch(jax.process_index()).start()
+    watch.start(client())
     try:
         yield
     except BaseException as error:
         _leave(error)
         raise
     _here.state = "done"
+
+
+def _begin() -> None:
+    """Forgets what an earlier job in this process did."""
+    global _here
+    _here = _Here()
 
 
 def _leave(error: BaseException) -> None:
@@ -134,6 +170,9 @@ def _exit_soon(status: int, seconds: float) -> None:
 
 
 def _exit(status: int) -> None:
+    """From any thread: the main one does not listen."""
+    for worker in multiprocessing.active_children():  # those that load data would outlive it
+        worker.kill()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -149,20 +188,28 @@ class Watch:
         self.heard: dict[int, float] = {}
         self.moved: dict[int, float] = {}
         self.answered = time.monotonic()
+        self.resumed = -math.inf
+        self.ended = threading.Event()
 
-    def start(self) -> None:
-        for work in (self._tell_and_listen, self._judge):
-            threading.Thread(target=work, name="peers", daemon=True).start()
+    def start(self, connection: Any | None) -> None:
+        """`connection`: to the coordinator; None where there are no others."""
+        for work, arguments in ((self._tell_and_listen, (connection,)), (self._judge, ())):
+            threading.Thread(target=work, args=arguments, name="peers", daemon=True).start()
 
-    def _tell_and_listen(self) -> None:
-        connection, host = client(), socket.gethostname()
+    def _tell_and_listen(self, connection: Any | None) -> None:
+        host = socket.gethostname()
         for count in range(sys.maxsize):
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # no answer: `answered` stays behind
                 sign = Sign(count, host, _here.state, _here.place, _here.message)
-                connection.key_value_set(f"{KEY}{self.me}", to_json(sign), allow_overwrite=True)
-                told = {int(key.rpartition("/")[2]): value for key, value in connection.key_value_dir_get(KEY)}
-                self.note({process: from_json(value) for process, value in told.items()}, time.monotonic())
-            time.sleep(BEAT)
+                told = {self.me: sign} if connection is None else self._exchange(connection, sign)
+                self.note(told, time.monotonic())
+            if self.ended.wait(BEAT):
+                return
+
+    def _exchange(self, connection: Any, sign: Sign) -> dict[int, Sign]:
+        connection.key_value_set(f"{KEY}{self.me}", to_json(sign), allow_overwrite=True)
+        told = connection.key_value_dir_get(KEY)
+        return {int(key.rpartition("/")[2]): from_json(value) for key, value in told}
 
     def note(self, signs: Mapping[int, Sign], now: float) -> None:
         """What the coordinator knows at `now`."""
@@ -176,17 +223,28 @@ class Watch:
         self.signs = dict(signs)
 
     def _judge(self) -> None:
-        while True:
-            time.sleep(1.0)
-            if (verdict := self.verdict(time.monotonic())) is not None:
+        before = time.monotonic()
+        while not self.ended.wait(1.0):
+            now = time.monotonic()
+            if now - before > 2 * BEAT:
+                self.resumed = now  # this process itself was stopped: nothing that is older tells of others
+            before = now
+            if (verdict := self.verdict(now)) is not None:
+                if self.me in self.suspects():
+                    faulthandler.dump_traceback()  # where each of its threads is
                 print(f"error: {verdict}; run the same command to go on", file=sys.stderr, flush=True)
+                if self.me == 0 and len(self.signs) > 1:
+                    time.sleep(1.5 * BEAT)  # the others see it too by then; with this process goes jax's coordinator
                 _exit(1)
+
+    def _since(self, moment: float, now: float) -> float:
+        return now - max(moment, self.resumed)
 
     def verdict(self, now: float) -> str | None:
         """Why this process cannot go on, if so."""
-        if now - self.answered > SILENT:
+        if (silent := self._since(self.answered, now)) > SILENT:
             return (
-                f"process 0, through which all talk, has not answered for {now - self.answered:.0f} s: it died or "
+                f"process 0, through which all talk, has not answered for {silent:.0f} s: it died or "
                 "hangs, or the network does"
             )
         for process, sign in sorted(self.signs.items()):
@@ -194,24 +252,46 @@ class Watch:
                 continue
             if sign.state == "failed" and now - self.moved[process] > ENDING:
                 return f"process {process} on {sign.host} ended with an error: {sign.message}"
-            if sign.state == "running" and now - self.heard[process] > SILENT:
+            if sign.state == "running" and (silent := self._since(self.heard[process], now)) > SILENT:
                 return (
-                    f"process {process} on {sign.host} has not been heard of for {now - self.heard[process]:.0f} s, "
+                    f"process {process} on {sign.host} has not been heard of for {silent:.0f} s, "
                     f"last at step {sign.place.step}, {sign.place.what}: it died or hangs, look at its output"
                 )
         return self._stalled(now)
 
+    def _running(self) -> dict[int, Sign]:
+        return {process: sign for process, sign in sorted(self.signs.items()) if sign.state == "running"}
+
+    def suspects(self) -> list[int]:
+        """Whom the others wait for: those furthest behind, and of these such as do something of their own."""
+        running = self._running()
+        last = min((sign.place.step for sign in running.values()), default=0)
+        behind = [process for process, sign in running.items() if sign.place.step == last]
+        return [process for process in behind if running[process].place.what != STEP] or behind
+
     def _stalled(self, now: float) -> str | None:
-        running = {process: sign for process, sign in self.signs.items() if sign.state == "running"}
+        running = self._running()
         limits = [sign.place.limit for sign in running.values()]
         if not running or any(limit is None for limit in limits):
             return None
-        still = now - max(self.moved[process] for process in running)
+        if any(self._since(self.heard[process], now) > 3 * BEAT for process in running):
+            return None  # one of them is silent: about to be heard again, or found dead
+        still = self._since(max(self.moved[process] for process in running), now)
         longest = max(limit for limit in limits if limit is not None)
         if still <= longest:
             return None
-        where = "; ".join(f"process {p} on {s.host}: step {s.place.step}, {s.place.what}" for p, s in running.items())
-        return f"no process has come on for {still:.0f} s, and no step takes {longest:.0f} s ({where})"
+        stuck = self.suspects()
+        others = _where(running, [process for process in running if process not in stuck])
+        waiting = f" while others wait ({others})" if others else ""
+        return (
+            f"{_where(running, stuck)} for {still:.0f} s{waiting}. It is stuck, and its output says in which line; if "
+            f"that may take more than {longest:.0f} s, raise --stuck.step or --stuck.other"
+        )
+
+
+def _where(signs: Mapping[int, Sign], processes: list[int]) -> str:
+    chosen = {process: signs[process] for process in processes}
+    return "; ".join(f"process {p} on {s.host}, step {s.place.step}: {s.place.what}" for p, s in chosen.items())
 
 
 def to_json(sign: Sign) -> str:

@@ -163,6 +163,17 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class StuckConfig:
+    """When a run that does not come on is ended, with a message that names process, host and step. inf: never"""
+
+    step: float = 35.0
+    """seconds without a sign of progress in a step, data included; or ten times the slowest of the last 16 steps where
+    that is longer"""
+    other: float = 3600.0
+    """the same for what says nothing of how long it takes: compiling, a batch of an evaluation, saving"""
+
+
+@dataclass(frozen=True)
 class LogConfig:
     tensorboard: bool = False
     """needs the `tensorboard` extra"""
@@ -198,6 +209,7 @@ class Recipe:
     sharding: ShardingRules = field(default_factory=ShardingRules)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    stuck: StuckConfig = field(default_factory=StuckConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -227,6 +239,8 @@ class Recipe:
             raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
         if self.reference == "lora_off" and not self.lora.rank:
             raise ValueError("reference = 'lora_off' needs adapters to switch off: set lora.rank")
+        if not (self.stuck.step > 0 and self.stuck.other > 0):
+            raise ValueError("stuck.step and stuck.other are seconds, more than 0; inf = never")
         _check_evaluation(self.evaluation)
         adam = OptimizerConfig()
         if self.optimizer.second_moment == "factored" and (self.optimizer.b2, self.optimizer.eps) != (
@@ -248,7 +262,7 @@ def _check_evaluation(evaluation: EvaluationConfig) -> None:
 
 # what may differ between a run and its resumption: it changes how, not what (model and data are held to fingerprints)
 FREE_ON_RESUME = (
-    "model", "dataset", "evaluation.dataset", "evaluation.patience", "mesh", "sharding", "checkpoint", "log",
+    "model", "dataset", "evaluation.dataset", "evaluation.patience", "mesh", "sharding", "checkpoint", "log", "stuck",
     "compute.remat", "compute.attention", "compute.vocab_chunk", "data.workers", "data.max_buckets", "data.multiple",
     "data.slots_per_device",
 )  # fmt: skip

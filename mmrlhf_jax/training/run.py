@@ -21,9 +21,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import jax
@@ -107,6 +108,7 @@ class Checkpoints:
         writes = config is not None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_KeepLatestAndBest(config.keep, best) if config else None,
+            step_name_format=_Listing(),
             cleanup_tmp_directories=writes,
             enable_async_checkpointing=writes,
             create=writes,
@@ -208,6 +210,30 @@ class _KeepLatestAndBest:
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         latest = {info.step for info in checkpoints[-self.keep :]}
         return [info.step in latest or info.step == self.best() for info in checkpoints]
+
+
+class _Listed(ocp.path.step.Metadata):
+    """A step that is there, whatever is in it."""
+
+    commit_timestamp = datetime.fromtimestamp(0, UTC)  # nobody here asks for it
+
+
+class _Listing(ocp.path.step.NameFormat[_Listed]):
+    """Orbax' NameFormat: steps by their directories' names. Orbax' own reads a metadata file in each of them for the
+    time it was made, and one that is torn would keep the manager from opening, and the other checkpoints from being
+    reached."""
+
+    plain = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        return self.plain.build_name(step)
+
+    def find_all(self, base_path: epath.PathLike) -> Iterator[_Listed]:
+        return (_Listed(found.step, found.path) for found in self.plain.find_all(base_path))
+
+    def find_step(self, base_path: epath.PathLike, step: int) -> _Listed:
+        found = self.plain.find_step(base_path, step)
+        return _Listed(found.step, found.path)
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from mmrlhf_jax.command import CommandError, UsageError
 from mmrlhf_jax.nn.compiler import GPU_MEMORY_SHARE
 from mmrlhf_jax.nn.sharding import batch_sharding, batch_share, replicated
+from mmrlhf_jax.training.peers import meanwhile
 
 
 def set_up_jax(dtype: str) -> None:
@@ -96,8 +97,12 @@ class Profiler:
             self.steps = range(0)
 
     def close(self) -> None:
-        if self._traced is None:
-            return
+        if self._traced is not None:
+            with meanwhile("writing a profile"):
+                self._write()
+
+    def _write(self) -> None:
+        assert self._traced is not None
         jax.profiler.stop_trace()
         for file in Path(self._traced.name).rglob("*"):
             if file.is_file():

@@ -44,7 +44,7 @@ from mmrlhf_jax.training.grace import bytes_of, too_slow
 from mmrlhf_jax.training.held_out import check_metric, make_evaluate
 from mmrlhf_jax.training.metrics import Clock, MetricsLog, check_log, open_log
 from mmrlhf_jax.training.model import model_fingerprint, with_fresh_adapters
-from mmrlhf_jax.training.peers import doing
+from mmrlhf_jax.training.peers import STEP, doing, set_limits
 from mmrlhf_jax.training.planning import memory_advice
 from mmrlhf_jax.training.recipe import Recipe, flatten
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, read_lines, write_text
@@ -174,6 +174,7 @@ def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
     )
 
     # --- the loop: closing the checkpoints waits for the one being written, however it ends -----------------------
+    set_limits(recipe.stuck.step, recipe.stuck.other)
     with closing(checkpoints), closing(session.log), closing(profiler), jax.set_mesh(mesh):
         try:
             done = _loop(session, state)
@@ -255,7 +256,7 @@ def _loop(run: Session, state: TrainState) -> int:
         for micro, host_batch in clock.waiting(batches):
             done = micro.step + 1
             running = (done, run.buckets[micro.bucket])
-            doing("in the step", done, bounded=True)
+            doing(STEP, done, bounded=True)
             run.profiler.before(done)
             batch = to_devices(host_batch, run.mesh)
             sums = run.zero_sums() if sums is None else sums
@@ -288,6 +289,7 @@ def _loop(run: Session, state: TrainState) -> int:
                 better = due and is_best(run.records, recipe.evaluation.metric)
                 if better or enough or stopping or done % recipe.checkpoint.every == 0 or done == steps:
                     run.log.flush()
+                    doing("saving a checkpoint")
                     position = {"step": done, **run.position}
                     run.checkpoints.save(state, position, whole=not recipe.lora.rank)
             if enough:

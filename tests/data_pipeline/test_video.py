@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -7,6 +8,9 @@ import os
 import re
 import struct
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,46 @@ def write_pictures(path: Path, pictures: list[np.ndarray], codec: str = "mpeg4",
             out.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
         out.mux(stream.encode())
     return path
+
+
+def write_long(path: Path, frames: int, shown: dict[int, int]) -> Path:
+    """As many frames of 16 x 16 pixels, black but for those of `shown`: frame -> gray. Each picture is encoded once."""
+    encoded = {}
+    for gray in {0, *shown.values()}:
+        buffer = io.BytesIO()
+        Image.fromarray(np.full((16, 16, 3), gray, np.uint8)).save(buffer, "JPEG")
+        encoded[gray] = buffer.getvalue()
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("mjpeg", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        out.start_encoding()
+        for number in range(frames):
+            packet = av.Packet(encoded[shown.get(number, 0)])
+            packet.stream, packet.time_base, packet.pts, packet.dts = stream, stream.time_base, number, number
+            packet.duration = 1
+            out.mux(packet)
+    return path
+
+
+@contextlib.contextmanager
+def bounded(seconds: float, megabytes: float) -> Iterator[None]:
+    """What runs within takes no longer, and at no moment more memory beyond what the process has already."""
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # noqa: E731
+    before, seen, ended = resident(), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            seen.append(resident() - before)
+
+    watcher, began = threading.Thread(target=watch), time.process_time()
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    assert time.process_time() - began < seconds
+    assert max(seen) < megabytes * 1e6
 
 
 def write_sound(path: Path, cover: bool = False) -> Path:
@@ -281,6 +325,28 @@ def test_the_number_of_frames_is_bounded(root: MediaRoot, monkeypatch: pytest.Mo
     monkeypatch.setattr(video, "_count_packets", lambda *_: 1)  # were there more frames than packets
     with pytest.raises(MediaError, match=message):
         read_media(Media("video", "clip.mp4"), root)
+
+
+LONGEST = 36_000
+
+
+@pytest.mark.parametrize("name", ["clip.avi", "clip.mkv"])
+def test_a_clip_of_65_537_frames_is_refused_by_name_at_once(root: MediaRoot, name: str) -> None:
+    write_long(Path(root.path) / name, 65_537, {})
+    with bounded(seconds=5, megabytes=64):
+        message = refusal(root, name)
+    assert "more than 36000 frames, or " in message
+    assert "cut it into shorter clips, or extract frames into a directory" in message
+
+
+def test_the_longest_clip_that_is_read_gives_the_right_frames(root: MediaRoot) -> None:
+    """Twenty minutes. Its neighbours are black: a frame further on or back would show."""
+    wanted = np.linspace(0, LONGEST - 1, 8).astype(int).tolist()
+    assert wanted[1] == 5142
+    write_long(Path(root.path) / "clip.mkv", LONGEST, {frame: 10 * (k + 1) for k, frame in enumerate(wanted)})
+    with bounded(seconds=30, megabytes=64):
+        media = read_media(Media("video", "clip.mkv"), root)
+    assert numbers(media) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_the_number_of_pixels_is_bounded(root: MediaRoot, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,8 +76,23 @@ def lose_position(checkpoint):
     largest(checkpoint / "position").write_text("")
 
 
+METADATA = "_CHECKPOINT_METADATA"  # orbax' own, of a checkpoint as a whole; it reads them of all steps when it opens
+
+
+def tear_metadata(checkpoint):
+    file = checkpoint / METADATA
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def spoil_tree_metadata(checkpoint):
+    """Of the item, which says what arrays there are."""
+    file = checkpoint / "params" / "_METADATA"
+    file.write_bytes(b"[" * file.stat().st_size)
+
+
 DAMAGE = [(truncate, "bytes of"), (flip, "has other content"), (lose_file, "is missing"), (lose_item, "is missing"),
-          (lose_position, "has 0 bytes of")]  # fmt: skip
+          (lose_position, "has 0 bytes of"), (tear_metadata, f"{METADATA} has 100 bytes of"),
+          (spoil_tree_metadata, "params/_METADATA has other content")]  # fmt: skip
 
 
 def params(world, output):
@@ -117,7 +132,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_resumed(
     check_same_end(small_world, stopped, whole)
 
 
-@pytest.mark.parametrize("harm", [truncate, lose_file, lose_item, lose_position])
+@pytest.mark.parametrize("harm", [truncate, lose_file, lose_item, lose_position, spoil_tree_metadata])
 def test_without_a_manifest_what_cannot_be_read_is_damaged(small_world, whole, stopped, harm, capsys):
     """A machine that dies may lose the manifest with the rest."""
     harm(stopped / "checkpoints" / "4")
@@ -161,6 +176,29 @@ def test_a_program_that_reads_a_damaged_checkpoint_refuses_and_names_another(sma
         params(small_world, stopped)
     assert params(small_world, f"{stopped}@3")
     assert (stopped / "checkpoints" / "4").exists()
+
+
+def test_torn_metadata_of_one_checkpoint_keep_no_program_from_another(small_world, stopped):
+    tear_metadata(stopped / "checkpoints" / "4")
+    message = rf"checkpoint 4 is damaged \({METADATA} has 100 bytes of \d+\): name another, such as .*@3"
+    with pytest.raises(ValueError, match=message):
+        params(small_world, stopped)
+    assert params(small_world, f"{stopped}@3")
+
+
+def test_torn_metadata_without_a_manifest_cost_nothing_where_all_arrays_read(small_world, whole, stopped, capsys):
+    tear_metadata(stopped / "checkpoints" / "4")
+    (stopped / "checkpoints" / "4" / "manifest.json").unlink()
+    train(recipe(small_world), stopped)
+    assert "resuming after step 4" in capsys.readouterr().out
+    check_same_end(small_world, stopped, whole)
+
+
+def test_torn_metadata_of_older_checkpoints_cost_nothing(small_world, whole, stopped, capsys):
+    tear_metadata(stopped / "checkpoints" / "3")
+    train(recipe(small_world), stopped)
+    assert "resuming after step 4" in capsys.readouterr().out
+    check_same_end(small_world, stopped, whole)
 
 
 def test_a_run_copied_from_a_bucket_is_checked_by_sizes(stopped):

@@ -1,10 +1,13 @@
-"""Two virtual hosts, one of which dies, hangs or fails: the other ends within a minute and says what happened. Hosts
-that share a run have one lease and one view of its checkpoints."""
+"""Two virtual hosts, one of which dies, hangs, is stuck or fails: the other ends within a minute and says what
+happened. Hosts that share a run have one lease and one view of its checkpoints."""
 
 import os
+import re
 import shutil
 import signal
+import socket
 import time
+from pathlib import Path
 
 import pytest
 from another_job import held
@@ -24,9 +27,10 @@ def arguments(world, output, steps=6):
     )  # fmt: skip
 
 
-def at_work(world, output):
+def at_work(world, output, *more, processes=2):
     """Two hosts in the midst of a run that has a checkpoint."""
-    hosts = start_hosts("train", *arguments(world, output, steps=100_000), processes=2, devices=1)
+    words = (*arguments(world, output, steps=100_000), *more)
+    hosts = start_hosts("train", *words, processes=processes, devices=1)
     while not (output / "checkpoints" / "2" / "manifest.json").exists():
         assert all(host.process.poll() is None for host in hosts), [host.printed() for host in hosts]
         time.sleep(0.02)
@@ -63,6 +67,44 @@ def test_a_host_that_dies_or_hangs_ends_the_other_within_a_minute(small_world, t
         assert "error: process 0, through which all talk, has not answered for" in said
     else:  # jax notices at once that its coordinator's connection has gone, and lets nobody else speak
         assert "another task died" in said or "error: process 0" in said
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest()
+
+
+def descendants(pid):
+    children = [int(n) for task in Path(f"/proc/{pid}/task").iterdir() for n in (task / "children").read_text().split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_host_that_is_stuck_in_a_step_is_named_within_a_minute(small_world, tmp_path, processes):
+    """The process that loads its data stops, say on a network disk: it lives, and waits for ever. A host on its own
+    tells of itself."""
+    hosts = at_work(small_world, tmp_path / "run", "--data.workers", 1, processes=processes)
+    victim = hosts[-1]
+    while len(metrics(tmp_path / "run")) < 20:  # by now it is known how long a step takes
+        assert all(host.process.poll() is None for host in hosts), [host.printed() for host in hosts]
+        time.sleep(0.2)
+    began = time.monotonic()
+    stopped = descendants(victim.process.pid)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        codes = [host.process.wait(MINUTE - (time.monotonic() - began)) for host in hosts]
+        took = time.monotonic() - began
+    finally:
+        print([host.printed()[-3000:] for host in hosts])
+        bury(hosts)
+        for pid in stopped:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGKILL)
+    print(f"ended with {codes} after {took:.0f} s")
+    assert 0 not in codes
+    assert 75 not in codes
+    named = rf"error: process {processes - 1} on {socket.gethostname()}, step \d+: waiting for data for \d+ s"
+    named += r" while others wait \(process 0 on " if processes == 2 else r"\. It is stuck"
+    assert re.search(named, hosts[0].printed())
+    assert "run the same command to go on" in hosts[0].printed()
+    assert 'pipeline.py", line ' in victim.printed()  # its stack
     assert Checkpoints(tmp_path / "run" / "checkpoints").latest()
 
 

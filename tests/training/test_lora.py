@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from small_world import ROOT, metrics, run
 from tiny import TINY, random_params
 
-from mmrlhf_jax.models.llava_onevision.adapter import CONFIG, WEIGHTS, read_adapter_config
+from mmrlhf_jax.models.llava_onevision.adapter import CONFIG, WEIGHTS, read_adapter_config, save_adapter
 from mmrlhf_jax.models.llava_onevision.model import declare
 from mmrlhf_jax.nn import lora
 from mmrlhf_jax.nn.params import named_leaves
@@ -175,6 +175,30 @@ def test_an_adapter_that_is_more_than_a_low_rank_update_is_refused_by_name(lora_
     (tmp_path / "adapter" / CONFIG).write_text(json.dumps({**raw, "use_dora": True, "bias": "all"}))
     with pytest.raises(ValueError, match=r"only plain LoRA adapters are served; not so here: use_dora = True, bias"):
         read_adapter_config(str(tmp_path / "adapter"))
+
+
+def test_an_adapter_appears_only_when_whole(lora_run, tmp_path, monkeypatch):
+    """Killed before its last act there is nothing under its name; run again, nothing beside it. Run once more, after a
+    kill at the very end, it is there already."""
+    params, output = load_adapters(str(lora_run), one_device(), ShardingRules()).params, tmp_path / "adapter"
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapter(params, str(output), base="owner/base")
+    assert not output.exists()
+    assert save_adapter(params, str(output), base="owner/base")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert {path.name for path in output.iterdir()} == {CONFIG, WEIGHTS}
+    assert not save_adapter(params, str(output), base="owner/base")
+    with pytest.raises(FileExistsError, match=r"adapter exists already; name another --output or remove it"):
+        save_adapter(params, str(output), base="owner/another")
+    (output / CONFIG).unlink()
+    with pytest.raises(FileExistsError, match=r"adapter exists already \(without adapter_config.json"):
+        save_adapter(params, str(output), base="owner/base")
 
 
 def test_a_run_without_adapters_has_none_to_export(small_world, tmp_path):

@@ -3,23 +3,25 @@
 import pytest
 
 from mmrlhf_jax.training import peers
-from mmrlhf_jax.training.peers import ENDING, SILENT, STALL, Place, Sign, Watch, from_json, to_json
+from mmrlhf_jax.training.peers import ENDING, SILENT, STEP, Place, Sign, Watch, from_json, to_json
+
+STALL, LONG = 40.0, 300.0
 
 
 def sign(count, state="running", place=None, message=""):
-    return Sign(count, "host-b", state, place or Place(7, "in the step", STALL), message)
+    return Sign(count, "host-b", state, place or Place(7, STEP, LONG), message)
 
 
 def watch(*rounds):
     """A watch of process 0 that was told of process 1 what `rounds` say: (seconds, sign)."""
     seen = Watch(0)
     for now, told in rounds:
-        seen.note({0: sign(int(now), place=Place(7, "in the step", STALL)), 1: told}, now)
+        seen.note({0: sign(int(now), place=Place(7, STEP, LONG)), 1: told}, now)
     return seen
 
 
 def test_a_process_that_lives_is_left_in_peace():
-    seen = watch(*((float(t), sign(t, place=Place(t, "in the step", STALL))) for t in range(0, 600, 5)))
+    seen = watch(*((float(t), sign(t, place=Place(t, STEP, LONG))) for t in range(0, 600, 5)))
     assert seen.verdict(596.0) is None
 
 
@@ -48,31 +50,80 @@ def test_a_failed_process_takes_the_others_along_after_they_had_time_to_find_out
     assert seen.verdict(6 + ENDING) == "process 1 on host-b ended with an error: the disk is full"
 
 
-def test_a_step_that_nobody_comes_on_from_names_who_does_what():
-    stuck = Place(7, "waiting for data", STALL)
-    seen = watch(*((float(t), sign(t, place=stuck)) for t in range(0, 305, 5)))
+def together(here, there, seconds):
+    """A watch of process 0 that has been at `here`, as process 1 was at `there`, for so long."""
+    seen = Watch(0)
+    for now in range(seconds + 1):
+        seen.note({0: Sign(now, "host-a", "running", here), 1: Sign(now, "host-b", "running", there)}, float(now))
+    return seen
+
+
+def test_a_process_that_waits_for_data_while_the_others_are_in_the_step_is_named():
+    seen = together(Place(7, STEP, STALL), Place(7, "waiting for data", STALL), 45)
     assert seen.verdict(STALL) is None
-    assert "no process has come on for 301 s" in seen.verdict(STALL + 1)
-    assert "process 1 on host-b: step 7, waiting for data" in seen.verdict(STALL + 1)
+    assert seen.verdict(STALL + 1) == (
+        "process 1 on host-b, step 7: waiting for data for 41 s while others wait (process 0 on host-a, step 7: in the "
+        "step). It is stuck, and its output says in which line; if that may take more than 40 s, raise --stuck.step or "
+        "--stuck.other"
+    )
+    assert seen.suspects() == [1]
 
 
-def test_compiling_evaluating_and_saving_may_take_any_time_and_the_others_wait():
-    compiling = Place(7, "compiling", None)
-    seen = watch(*((float(t), sign(t, place=compiling)) for t in range(0, 7200, 5)))
+def test_a_process_that_is_behind_is_named():
+    seen = together(Place(8, STEP, STALL), Place(7, STEP, STALL), 45)
+    assert seen.verdict(45.0).startswith("process 1 on host-b, step 7: in the step for 45 s while others wait (")
+
+
+def test_where_nobody_is_behind_all_are_named():
+    said = together(Place(7, STEP, STALL), Place(7, STEP, STALL), 45).verdict(45.0)
+    assert said.startswith(
+        "process 0 on host-a, step 7: in the step; process 1 on host-b, step 7: in the step for 45 s."
+    )
+
+
+def test_a_process_on_its_own_is_told_where_it_is():
+    seen = Watch(0)
+    for now in range(45):
+        seen.note({0: Sign(now, "host-a", "running", Place(7, "waiting for data", STALL))}, float(now))
+    assert seen.verdict(45.0).startswith("process 0 on host-a, step 7: waiting for data for 45 s. It is stuck")
+
+
+def test_the_wider_bound_of_any_process_counts():
+    seen = together(Place(7, STEP, STALL), Place(7, "compiling", 3600.0), 3605)
+    assert seen.verdict(3600.0) is None
+    assert seen.verdict(3601.0).startswith("process 1 on host-b, step 7: compiling for 3601 s while others wait")
+
+
+def test_who_was_stopped_itself_does_not_blame_the_others():
+    seen = watch((0.0, sign(1)))
+    seen.resumed = 590.0
+    assert seen.verdict(600.0) is None
+
+
+def test_getting_to_the_first_step_may_take_any_time_and_the_others_wait():
+    starting = Place(0, "starting", None)
+    seen = watch(*((float(t), sign(t, place=starting)) for t in range(0, 7200, 5)))
     assert seen.verdict(7196.0) is None
 
 
 def test_a_step_is_given_many_times_what_steps_took(monkeypatch):
     monkeypatch.setattr(peers, "_here", here := peers._Here())
-    peers.doing("in the step", 1, bounded=True)
-    assert here.place == Place(1, "in the step", None)  # nothing is known yet
+    peers.doing(STEP, 1, bounded=True)
+    assert here.place == Place(1, STEP, None)  # no limits
+    peers.set_limits(40.0, 3600.0)
+    peers.doing(STEP, 1, bounded=True)
+    assert here.place.limit == 3600.0  # nothing is known yet
     peers.step_took(2.0)
-    peers.doing("in the step", 2, bounded=True)
-    assert here.place.limit == STALL
+    peers.doing(STEP, 2, bounded=True)
+    assert here.place.limit == 40.0
     peers.step_took(60.0)
-    peers.doing("in the step", bounded=True)
-    assert here.place == Place(2, "in the step", 1200.0)
-    peers.doing("compiling")
+    peers.doing(STEP, bounded=True)
+    assert here.place == Place(2, STEP, 600.0)
+    with peers.meanwhile("compiling"):
+        assert here.place == Place(2, "compiling", 3600.0)
+    assert here.place == Place(2, STEP, 600.0)
+    peers.set_limits(float("inf"), float("inf"))
+    peers.doing(STEP, bounded=True)
     assert here.place.limit is None
 
 

@@ -17,6 +17,7 @@ from etils import epath
 from jax.sharding import Mesh
 from safetensors.numpy import save
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.models.files import check_model_name, is_number, read_json, shown
 from mmrlhf_jax.models.key_table import Key, export_tensors, load
 from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision
@@ -90,23 +91,36 @@ def load_adapted(
     return map_named(one, params)
 
 
-def save_adapter(params: LlavaOnevision, output: str, *, base: str) -> None:
+def save_adapter(params: LlavaOnevision, output: str, *, base: str) -> bool:
     """The adapters of an adapted tree as a PEFT directory that peft.PeftModel loads over `base`; fp32, and exact.
 
-    Raises FileExistsError when `output` is there, ValueError when `params` has no adapter.
+    A local `output` appears only when whole, a remote one is no adapter until its configuration, the last file, is
+    there. Returns whether it was written: False where the same adapter is there already, as of a program that was
+    killed at its very end.
+
+    Raises FileExistsError when anything else is there, ValueError when `params` has no adapter.
     """
+    files = _files(params, base)
+    directory = epath.Path(output)
+    if directory.exists():
+        if all((directory / name).exists() and (directory / name).read_bytes() == files[name] for name in files):
+            return False
+        unfinished = "" if is_adapter_directory(output) else f" (without {CONFIG}: an upload that was cut off?)"
+        raise FileExistsError(f"{output} exists already{unfinished}; name another --output or remove it")
+    with storage.new_directory(directory, last=(CONFIG,)) as partial:
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+    return True
+
+
+def _files(params: LlavaOnevision, base: str) -> dict[str, bytes]:
+    """What a PEFT directory consists of."""
     kernels = dict(_adapted_kernels(params))
     if not kernels:
         raise ValueError("this model has no adapter; export its weights instead")
     rank = next(iter(kernels.values())).a.shape[-1]
     scale = next(iter(kernels.values())).scale
     outgoing = export_tensors(params, _adapter_keys(list(kernels)), "float32")
-    tensors = {tensor.name: tensor.values() for tensor in outgoing}
-    directory = epath.Path(output)
-    if directory.exists():
-        raise FileExistsError(f"{output} exists already; name another --output or remove it")
-    directory.mkdir(parents=True)
-    (directory / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
     document = {
         "peft_type": "LORA",
         "task_type": None,
@@ -123,7 +137,10 @@ def save_adapter(params: LlavaOnevision, output: str, *, base: str) -> None:
         "fan_in_fan_out": False,
         "modules_to_save": None,
     }
-    (directory / CONFIG).write_text(json.dumps(document, indent=2) + "\n")  # last: it makes the directory an adapter
+    return {
+        WEIGHTS: save({tensor.name: tensor.values() for tensor in outgoing}, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(document, indent=2) + "\n").encode(),
+    }
 
 
 def _adapted_kernels(params: Any) -> list[tuple[str, Adapted]]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.models import key_table
 from mmrlhf_jax.models.files import check_file, check_model_name, shown
 from mmrlhf_jax.models.key_table import Key, export_tensors, load, prefixed
@@ -118,16 +118,8 @@ def save_directory(
     if output.exists():
         unfinished = "" if (output / "config.json").exists() else " (without config.json: an upload that was cut off?)"
         raise FileExistsError(f"{output} exists already{unfinished}; name another --output or remove it")
-    if "://" in str(output):
-        with tempfile.TemporaryDirectory() as local:
-            _write_whole(params, assets, Path(local), dtype, record, keys)
-            _upload(Path(local), output)
-        return
-    partial = Path(output.with_name(f".{output.name}.partial"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    _write_whole(params, assets, partial, dtype, record, keys)
-    partial.rename(output)
+    with storage.new_directory(output, last=("config.json", RECORD)) as partial:
+        _write_whole(params, assets, partial, dtype, record, keys)
 
 
 def _write_whole(
@@ -146,15 +138,6 @@ def _write_whole(
     write_safetensors(export_tensors(params, keys, dtype), output)
     if record is not None:
         (output / RECORD).write_text(json.dumps(dict(record), indent=2) + "\n")
-
-
-def _upload(local: Path, output: epath.Path) -> None:
-    last = ("config.json", RECORD)
-    names = sorted(file.name for file in local.iterdir() if file.name not in last)
-    output.mkdir(parents=True, exist_ok=True)
-    for name in (*names, *(name for name in last if (local / name).exists())):
-        epath.Path(local / name).copy(output / name)
-        (local / name).unlink()  # a shard less on the disk
 
 
 def copy_assets(source: epath.PathLike, target: epath.PathLike) -> None:

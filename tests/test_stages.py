@@ -1,0 +1,91 @@
+"""Programs of many stages: one job works on an output, whatever was killed halfway is done again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from another_job import held
+from small_world import ROOT, command, environment
+
+from mmrlhf_jax.command import UsageError
+from mmrlhf_jax.lease import LeaseError, beside
+from mmrlhf_jax.stages import Stages, claimed, worked_on
+
+CLAIM = """
+import sys
+from pathlib import Path
+from mmrlhf_jax.stages import claimed
+with claimed(Path(sys.argv[1]), "study", {"boards": 3}):
+    print("at work")
+"""
+
+
+def test_an_output_that_another_job_works_on_is_refused_and_left_alone(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with (
+        held(tmp_path / ".out.lease"),
+        pytest.raises(LeaseError, match=f"{output} is being written by another job: process 7 on elsewhere"),
+        claimed(output, "quickstart", {}),
+    ):
+        pytest.fail("two at work")
+    assert not output.exists()
+    with claimed(output, "quickstart", {}):
+        assert beside(output).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_program_works_for_the_one_that_started_it_and_for_nobody_else(tmp_path: Path) -> None:
+    """A study starts itself once for every seed."""
+    output = tmp_path / "out"
+    words = [sys.executable, "-c", CLAIM, str(output)]
+    with claimed(output, "study", {"boards": 3}):
+        child = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
+        assert (child.stdout, child.stderr) == ("at work\n", "")
+        stranger = subprocess.run(
+            [sys.executable, "-c", f"import subprocess; subprocess.run({words!r})"],
+            capture_output=True, text=True, cwd=ROOT, check=False,
+        )  # fmt: skip
+        assert f"LeaseError: {output} is being written by another job" in stranger.stderr
+        assert beside(output).exists()
+    with worked_on(output), pytest.raises(LeaseError, match="another job"), worked_on(output):
+        pytest.fail("two at work")
+
+
+def test_a_killed_start_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / ".quickstart.json.writing").write_text("{")
+    with claimed(tmp_path, "quickstart", {"boards": 3}):
+        pass
+    with pytest.raises(UsageError, match="was made with other options"), claimed(tmp_path, "quickstart", {"boards": 4}):
+        pass
+
+
+def test_a_stage_is_done_when_its_record_and_its_product_are_there(tmp_path: Path) -> None:
+    stages, product, times = Stages(tmp_path, ROOT / "launch"), tmp_path / "product", []
+
+    def work() -> None:
+        times.append(1)
+        product.write_text("made")
+
+    stages.call("make", product, work)
+    stages.call("make", product, work)
+    assert len(times) == 1
+    (tmp_path / "stages" / ".make.json.writing").write_text("{")  # of a kill while it was written
+    assert list(stages.taken()) == ["make"]
+    product.unlink()
+    stages.call("make", product, work)
+    assert len(times) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["quickstart", "reward_quickstart", "study"])
+def test_every_such_program_refuses_what_another_works_on(program: str, tmp_path: Path) -> None:
+    with held(tmp_path / ".out.lease"):
+        words = command(program, "--output", tmp_path / "out")
+        done = subprocess.run(words, env=environment(1), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1, done.stderr
+    assert f"error: {tmp_path / 'out'} is being written by another job: process 7 on elsewhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
