@@ -222,7 +222,8 @@ def _lines_of(reader: Reader) -> set[tuple[str, int]]:
 def _functions(code: CodeType, without: tuple[str, ...]) -> list[CodeType]:
     out = []
     for inner in code.co_consts:
-        if isinstance(inner, CodeType) and inner.co_name not in without:
+        at_import = code.co_name == "<module>" and isinstance(inner, CodeType) and inner.co_name == "<genexpr>"
+        if isinstance(inner, CodeType) and inner.co_name not in without and not at_import:
             is_function = bool(inner.co_flags & 0x2)  # CO_NEWLOCALS: class bodies have it not
             out += ([inner] if is_function else []) + _functions(inner, without)
     return out

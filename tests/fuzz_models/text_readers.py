@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -66,36 +67,51 @@ def _odd_tokenizer(rng: Random, given: Any) -> None:
 
 
 def write_tokenizer_case(rng: Random, directory: Path) -> None:
-    settings = document("tokenizer_config.json")
-    if rng.random() < 0.4:
-        settings = {**settings, **rng.choice(_SETTINGS)}
+    """One file changed, seldom all: of many changes the first is refused."""
+    spoiled = rng.choice(("tokenizer", "tokenizer", "settings", "beside", "all"))
 
-    def change(rng: Random, document: Any) -> Any:
+    def write(name: str, given: Any, kind: str, change: Callable[[Random, Any], Any] = twice) -> None:
+        if spoiled in (kind, "all"):
+            mutate_file(rng, directory / name, change, given)
+        else:
+            (directory / name).write_bytes(dumps(given))
+
+    def few(rng: Random, document: Any) -> Any:
         return mutate_document(rng, document, rng.choice((0, 1, 1, 2)), _tokenizer_places())
 
+    if rng.random() < 0.5:
+        (directory / "typed").touch()
     own = rng.random()
     if own < 0.01:
         return  # no tokenizer at all
+    settings = document("tokenizer_config.json")
+    if rng.random() < 0.3:
+        settings = {**settings, **rng.choice(_SETTINGS)}
     given = json.loads(valid()["tokenizer.json"])
-    if own < 0.15:  # Qwen2's own files
-        vocab = given["model"]["vocab"]
-        (directory / "vocab.json").write_bytes(dumps(mutate_document(rng, vocab, rng.choice((0, 1)))))
-        merges = b"#version: 0.2\n" + rng.choice((b"", b"a b\n", b"h e\n"))
-        (directory / "merges.txt").write_bytes(mutate_bytes(rng, merges) if rng.random() < 0.5 else merges)
-        settings = {**settings, "tokenizer_class": "Qwen2Tokenizer"} if rng.random() < 0.5 else settings
+    if own < 0.12:
+        _write_qwen2(rng, directory, given["model"]["vocab"])
+        settings = {**settings, "tokenizer_class": "Qwen2Tokenizer"} if rng.random() < 0.8 else settings
     else:
-        if own < 0.45:
+        if own < 0.35:
             _odd_tokenizer(rng, given)
-        mutate_file(rng, directory / "tokenizer.json", change, given)
-    if rng.random() < 0.2:
+        write("tokenizer.json", given, "tokenizer", few)
+    if spoiled == "beside" or rng.random() < 0.2:
         tokens = {"eos_token": "<|im_end|>", "additional_special_tokens": ["<image>", "<video>"]}
-        mutate_file(rng, directory / "special_tokens_map.json", twice, tokens)
-        mutate_file(rng, directory / "added_tokens.json", twice, {"<image>": 259, "<video>": 260})
-    mutate_file(rng, directory / "tokenizer_config.json", twice, settings)
+        write("special_tokens_map.json", tokens, "beside")
+        write("added_tokens.json", {"<image>": 259, "<video>": 260}, "beside")
+    write("tokenizer_config.json", settings, "settings")
+
+
+def _write_qwen2(rng: Random, directory: Path, vocab: dict[str, int]) -> None:
+    """Its own files, without a tokenizer.json."""
+    (directory / "vocab.json").write_bytes(dumps(mutate_document(rng, vocab, rng.choice((0, 0, 1)))))
+    merges = b"#version: 0.2\n" + rng.choice((b"", b"a b\n", b"h e\n"))
+    (directory / "merges.txt").write_bytes(mutate_bytes(rng, merges) if rng.random() < 0.5 else merges)
 
 
 def read_tokenizer_case(directory: Path) -> None:
-    loaded = tokenizer.load_tokenizer(epath.Path(directory), model_type="llava_onevision")
+    model_type = "llava_onevision" if (directory / "typed").exists() else None  # as of both layouts; the former is slow
+    loaded = tokenizer.load_tokenizer(epath.Path(directory), model_type=model_type)
     loaded("some text " * 20 + "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!", add_special_tokens=False)
 
 

@@ -240,19 +240,16 @@ def write_directory_case(rng: Random, directory: Path) -> None:
         odd = directory / rng.choice(list(valid()))
         odd.unlink()
         mutate_file(rng, odd, twice, {})
-    changed = rng.random()
-    if changed < 0.2:  # the embeddings stand twice, as some writers leave them, the same or not
-        copied = {**header[weights.EMBEDDING], "data_offsets": [len(data), 0]}
-        begin, end = header[weights.EMBEDDING]["data_offsets"]
-        data += data[begin:end] if changed < 0.1 else bytes(end - begin)
-        copied["data_offsets"][1] = len(data)
-        header = {**header, weights.UNEMBEDDING: copied}
-    elif changed < 0.6:
+    tied = rng.random() < 0.5
+    if tied and rng.random() < 0.9:  # the embeddings stand twice, as some writers leave them
+        (begin, end), (to, stop) = (header[name]["data_offsets"] for name in (weights.EMBEDDING, weights.UNEMBEDDING))
+        data = data[:to] + data[begin:end] + data[stop:]
+    if rng.random() < 0.5:
         header = lying(rng, header)
     text = dumps(header)
     raw = len(text).to_bytes(8, "little") + text + data
     (directory / "model.safetensors").write_bytes(mutate_bytes(rng, raw) if rng.random() < 0.05 else raw)
-    (directory / "tied").write_text(json.dumps(rng.random() < 0.5))
+    (directory / "tied").write_text(json.dumps(tied))
 
 
 @cache
@@ -288,7 +285,7 @@ READERS = (
         file_of(adapter): ("save_adapter", "_adapted_kernels", "_at", "_target_modules"),  # they write
     }),
     Reader("directory", write_directory_case, read_directory_case, {
-        # they write
-        file_of(weights): ("save_directory", "_write_whole", "_upload", "new_directory"),
+        # they write; `resolve` is the reader "name"
+        file_of(weights): ("resolve", "save_directory", "_write_whole", "_upload", "new_directory"),
     }),
 )  # fmt: skip
