@@ -206,7 +206,10 @@ def _restore(
         return _innermost(error), None
     check_agreement(f"view of checkpoint {step}", "readable")
     if changed:
-        raise ValueError(f"checkpoint {step} was made with another {', '.join(changed)}; resume what it began with")
+        raise ValueError(
+            f"{checkpoints.directory}: checkpoint {step} was made with another {', '.join(changed)}; resume what it "
+            "began with"
+        )
     trainable, frozen = partition(params, moving.__contains__) if whole else (params, state.frozen)
     return None, TrainState(_counter(step, shardings), trainable, frozen, moments)
 

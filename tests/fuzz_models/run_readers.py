@@ -22,6 +22,7 @@ from fuzz_models.mutations import dumps, mutate_bytes, mutate_document, mutate_f
 from fuzz_models.samples import file_of, mesh, tiny_config, twice
 
 from mmrlhf_jax.models import files
+from mmrlhf_jax.models.llava_onevision import adapter
 from mmrlhf_jax.nn.params import Param, abstract, map_named
 from mmrlhf_jax.nn.sharding import ShardingRules
 from mmrlhf_jax.training import best, manifest, setup
@@ -68,11 +69,11 @@ _DECLARED = {
     "decoder": {"kernel": Param((3, 2), (None, None), "normal", fan_in=3), "norm": Param((2,), (None,), "ones")}
 }
 _ADAPTERS = {"decoder.kernel.a": (3, 4), "decoder.kernel.b": (4, 2)}
-_POSITION = {"plan": "p", "model": "m"}
+POSITION = {"plan": "p", "model": "m"}
 
 
 @cache
-def _state() -> Any:
+def small_state() -> Any:
     """A TrainState of zeros, and its shardings."""
     import jax
     import jax.numpy as jnp
@@ -93,7 +94,7 @@ CORPUS = Path(__file__).parents[1] / "data" / "fuzz_checkpoints.zip"
 
 
 @cache
-def _checkpointed(adapters: bool) -> dict[str, bytes]:
+def checkpoint_files(adapters: bool) -> dict[str, bytes]:
     """The files of a RUN's checkpoints 1 and 2. Kept, since orbax gives its files other names and bytes each time, and
     a seed shall name a case."""
     within = "adapters/" if adapters else "whole/"
@@ -121,7 +122,7 @@ def _made(adapters: bool) -> dict[str, bytes]:
         leaves = {f"decoder.{name}": jnp.ones(param.shape) for name, param in _DECLARED["decoder"].items()}
     with tempfile.TemporaryDirectory() as top, ocp.CheckpointManager(f"{top}/checkpoints") as manager:
         for step in (1, 2):
-            position = {**_POSITION, "step": step, "dtypes": dict.fromkeys(leaves, "float32")}
+            position = {**POSITION, "step": step, "dtypes": dict.fromkeys(leaves, "float32")}
             parts = {
                 "params": ocp.args.StandardSave(leaves),
                 "optimizer": ocp.args.StandardSave({"moment": jnp.ones((3, 2))}),
@@ -139,7 +140,7 @@ def _write_checkpoints(rng: Random, directory: Path, adapters: bool, damage: flo
     spoiled = [step for step in ("1", "2") if rng.random() < damage]
     sealed = rng.random() < 0.6
     written = []
-    for name, data in _checkpointed(adapters).items():
+    for name, data in checkpoint_files(adapters).items():
         if sealed or not name.endswith(manifest.MANIFEST):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             (directory / name).write_bytes(data)
@@ -203,6 +204,15 @@ def _spoil_manifest(rng: Random, file: Path) -> None:
 
 
 def write_checkpoint_case(rng: Random, directory: Path) -> None:
+    """A RUN, one with adapters whose base is another, or a PEFT directory whose base is one."""
+    (directory / "which").write_text(rng.choice(("", "", "", "@best", "@1", "@2", "@3", "@" + "9" * 30)))
+    if rng.random() < 0.05:
+        (directory / "base").mkdir()
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(directory / "base")}
+        (directory / adapter.CONFIG).write_bytes(dumps(twice(rng, settings)))
+        (directory / "which").write_text("")
+        _write_base(rng, directory / "base")
+        return
     adapters = rng.random() < 0.25
     _write_notes(rng, directory)
     _write_checkpoints(rng, directory, adapters, 0.5)
@@ -210,13 +220,15 @@ def write_checkpoint_case(rng: Random, directory: Path) -> None:
     if adapters:
         base = directory / "base"
         base.mkdir()
+        _write_base(rng, base)
         lora = _LORA if rng.random() < 0.9 else twice(rng, _LORA)
         (directory / "start.json").write_bytes(dumps({"base": str(base), "lora": lora}))
-        (base / "start.json").write_bytes(b"{}")
-        (base / "recipe.json").write_bytes(b"{}")
-        _write_checkpoints(rng, base, False, 0.05)
-    which = rng.choice(("", "", "", "@best", "@1", "@2", "@3", "@" + "9" * 30))
-    (directory / "which").write_text(which)
+
+
+def _write_base(rng: Random, base: Path) -> None:
+    (base / "start.json").write_bytes(b"{}")
+    (base / "recipe.json").write_bytes(b"{}")
+    _write_checkpoints(rng, base, False, 0.05)
 
 
 def read_checkpoint_case(directory: Path) -> None:
@@ -246,8 +258,8 @@ def _counter(step: int, shardings: Any) -> Any:
 
 def read_resume_case(directory: Path) -> None:
     run = run_directory.RunDirectory.at(directory)
-    position = {**_POSITION, "plan": (directory / "plan").read_text()}
-    state, shardings = _state()
+    position = {**POSITION, "plan": (directory / "plan").read_text()}
+    state, shardings = small_state()
     with mock.patch.object(setup, "say"), mock.patch.object(setup, "_counter", _counter):
         checkpoints = run_directory.Checkpoints(run.checkpoints, CheckpointConfig())
         try:
