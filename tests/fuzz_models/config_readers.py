@@ -97,7 +97,7 @@ _ODD_ORIGINAL = (
     {"vision_config": {"num_attention_heads": 3, "image_size": 42}}, {"hidden_size": 33}, {"vocab_size": 200},
     {"vision_config": {"num_attention_heads": 2, "image_size": 5000}}, {"image_aspect_ratio": "pad"},
     {"rms_norm_eps": 7}, {"vocab_size": 0}, {"mm_vision_tower": "google/siglip-so400m-patch14-384",
-    "vision_config": None}, {"model_type": "llava"},
+    "vision_config": None}, {"model_type": "llava", "architectures": []}, {"model_type": "llava_qwen"},
 )  # fmt: skip
 
 
@@ -111,6 +111,8 @@ def write_original_case(rng: Random, directory: Path) -> None:
     given, tensors, beside = _original()
     if whole := rng.random() < 0.02:
         for name, data in beside.items():
+            if name == "tokenizer.json" and rng.random() < 0.2:
+                data = data.replace(b"<|im_end|>", b"<|no_end|>")
             (directory / name).write_bytes(data)
         (directory / "whole").touch()
     if rng.random() < 0.1:

@@ -3,8 +3,8 @@
     python tests/fuzz_models/run.py READER|all --executions 20000 --seed N
 
 Prints for each reader its executions, the distinct outcomes with counts, the slowest, peak memory and line coverage.
-Exit 1 where anything but a declared refusal came out, for a case over 5 s, 2 GB, a file opened outside the case's
-directory, a connection, a process or a pickle.
+Exit 1 where anything but a declared refusal came out, for a case over 5 s of work or 30 s on the clock, 2 GB, a file
+opened outside the case's directory, a connection, a process or a pickle.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fuzz_models.readers import READERS  # noqa: E402
 def show(name: str, figures: Figures, seed: int) -> None:
     print(
         f"{name}: {figures.executions:,} executions (seed {seed}), {len(figures.outcomes)} distinct outcomes, slowest "
-        f"{figures.slowest:.2f} s, peak {figures.rss / 2**20:.0f} MiB, lines {figures.coverage:.1%}"
+        f"{figures.slowest:.2f} s ({figures.longest_work:.2f} s of work), peak {figures.rss / 2**20:.0f} MiB, lines {figures.coverage:.1%}"
     )
     for outcome, count in figures.outcomes.most_common(60):
         print(f"  {count:7,}  {outcome}")
