@@ -29,7 +29,8 @@ from fuzz_models.readers import READERS  # noqa: E402
 def show(name: str, figures: Figures, seed: int) -> None:
     print(
         f"{name}: {figures.executions:,} executions (seed {seed}), {len(figures.outcomes)} distinct outcomes, slowest "
-        f"{figures.slowest:.2f} s ({figures.longest_work:.2f} s of work), peak {figures.rss / 2**20:.0f} MiB, lines {figures.coverage:.1%}"
+        f"{figures.slowest:.2f} s ({figures.longest_work:.2f} s of work), peak {figures.rss / 2**20:.0f} MiB, "
+        f"lines {figures.coverage:.1%}"
     )
     for outcome, count in figures.outcomes.most_common(60):
         print(f"  {count:7,}  {outcome}")
