@@ -27,7 +27,7 @@ from unittest import mock
 HANG_SECONDS, MEMORY_BYTES = 5.0, 2 * 2**30  # seconds of this process: what else the machine does is not counted
 WAIT_SECONDS = 30.0  # on the clock, where a case waits and works nothing, as for the child that renders templates
 REFUSALS = (ValueError, OSError)  # what command.py shows as one message
-TRACED = 4  # every how many executions lines are counted
+TRACED = 10  # every how many executions lines are counted, which takes twice as long
 LINES = "FUZZ_MODELS_LINES"  # names the file to which template_child.py notes its lines
 _CHILDREN = ("template_process.py", "template_child.py")
 _SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # cases live for milliseconds; disks take as long
@@ -179,7 +179,8 @@ def _shape(message: str, case: Path) -> str:
     """A message without what of it is the case's."""
     text = message.replace(str(case), "").split("\n")[0]
     text = re.sub(r"/\S*/(tmp|mmrlhf-assets-)\w+", "", text)
-    text = re.sub(r"'[^']*'|\"[^\"]*\"", "'..'", text)
+    text = re.sub(r"['\"].*?\.\.\. \(\d+ characters\)", "'..'", text)
+    text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", "'..'", text)
     text = re.sub(r"[\[{(].*[\]})]", "[..]", text)
     return re.sub(r"-?\d[\d,.e+]*", "N", text)[:90]
 
