@@ -65,7 +65,7 @@ def read_run_case(directory: Path) -> None:
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
-_DECLARED = {
+DECLARED = {
     "decoder": {"kernel": Param((3, 2), (None, None), "normal", fan_in=3), "norm": Param((2,), (None,), "ones")}
 }
 _ADAPTERS = {"decoder.kernel.a": (3, 4), "decoder.kernel.b": (4, 2)}
@@ -82,7 +82,7 @@ def small_state() -> Any:
     from mmrlhf_jax.training.state import TrainState, partition
 
     everywhere = NamedSharding(mesh(), PartitionSpec())
-    placed = abstract(_DECLARED, mesh(), ShardingRules())
+    placed = abstract(DECLARED, mesh(), ShardingRules())
     params = map_named(lambda _, leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), placed)
     trainable, frozen = partition(params, lambda name: name == "decoder.kernel")
     moments = {"moment": jax.device_put(jnp.zeros((3, 2)), everywhere)}
@@ -119,7 +119,7 @@ def _made(adapters: bool) -> dict[str, bytes]:
 
     leaves = {name: jnp.ones(shape) for name, shape in _ADAPTERS.items()}
     if not adapters:
-        leaves = {f"decoder.{name}": jnp.ones(param.shape) for name, param in _DECLARED["decoder"].items()}
+        leaves = {f"decoder.{name}": jnp.ones(param.shape) for name, param in DECLARED["decoder"].items()}
     with tempfile.TemporaryDirectory() as top, ocp.CheckpointManager(f"{top}/checkpoints") as manager:
         for step in (1, 2):
             position = {**POSITION, "step": step, "dtypes": dict.fromkeys(leaves, "float32")}
@@ -232,7 +232,7 @@ def _write_base(rng: Random, base: Path) -> None:
 
 
 def read_checkpoint_case(directory: Path) -> None:
-    given = {"read_config": lambda _: tiny_config(), "declare": lambda _: _DECLARED}
+    given = {"read_config": lambda _: tiny_config(), "declare": lambda _: DECLARED}
     which = (directory / "which").read_text()
     with mock.patch.multiple(run_model, **given):
         run_model.load_model(f"{directory}{which}", mesh(), ShardingRules(), rates=INFERENCE)

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from etils import epath
-from fuzz_models.run_readers import POSITION, checkpoint_files, small_state
+from fuzz_models.run_readers import DECLARED, POSITION, checkpoint_files, small_state
+from fuzz_models.samples import mesh
 
-from mmrlhf_jax.training import manifest, setup
+from mmrlhf_jax.nn.sharding import ShardingRules
+from mmrlhf_jax.training import manifest, model, setup
 from mmrlhf_jax.training.best import best_step
-from mmrlhf_jax.training.recipe import CheckpointConfig
+from mmrlhf_jax.training.recipe import INFERENCE, CheckpointConfig
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory
 
 
@@ -66,6 +68,24 @@ def test_a_pipe_for_evaluations_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "evaluation.jsonl")
     with pytest.raises(ValueError, match=r"evaluation\.jsonl: not a plain file"):
         best_step(RunDirectory.at(tmp_path), [1])
+
+
+def test_targets_that_the_model_has_not_are_named_with_their_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`base` is any MODEL; here one of few parameters, as the fuzzer's."""
+    for name, data in checkpoint_files(False).items():
+        (tmp_path / "base" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "base" / name).write_bytes(data)
+    for run in (tmp_path, tmp_path / "base"):
+        (run / "recipe.json").write_text("{}")
+    start = {"base": str(tmp_path / "base"), "lora": {"rank": 4, "alpha": 8.0, "targets": ["-rf"]}}
+    (tmp_path / "start.json").write_text(json.dumps(start))
+    (tmp_path / "base" / "start.json").write_text("{}")
+    monkeypatch.setattr(model, "read_config", lambda _: None)
+    monkeypatch.setattr(model, "declare", lambda _: DECLARED)
+    with pytest.raises(ValueError, match=r"start\.json: lora target '-rf' matches no parameter"):
+        model.load_model(str(tmp_path), mesh(), ShardingRules(), rates=INFERENCE)
 
 
 def resume(directory: Path, **position: Any) -> None:
