@@ -62,6 +62,8 @@ def mutate_document(rng: Random, document: Any, times: int = 1, among: list[tupl
             _change(rng, document, holder, last, found)
         except (KeyError, IndexError, TypeError):  # an earlier change took that place away
             continue
+        except RecursionError:  # a copy of what is deeper than Python copies
+            return document
     return document
 
 
@@ -121,7 +123,10 @@ def mutate_bytes(rng: Random, data: bytes) -> bytes:
 
 
 def dumps(document: Any) -> bytes:
-    return json.dumps(document).encode()
+    try:
+        return json.dumps(document).encode()
+    except RecursionError:  # deeper than Python writes
+        return b"[" * 5000 + b"]" * 5000
 
 
 def mutate_file(rng: Random, path: Path, change: Callable[[Random, Any], Any], document: Any) -> None:
