@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -163,9 +163,10 @@ def list_files(directory: PathLike) -> list[RemoteFile]:
     return sorted(files, key=lambda file: file.name)
 
 
-def stamps(directory: PathLike) -> dict[str, tuple[int, str]]:
+def stamps(directory: PathLike, sizes: Mapping[str, int] | None = None) -> dict[str, tuple[int, str]]:
     """Size and checksum of every file anywhere under `directory`, by its name there: of a local file the crc32 of its
-    content, which is read; of an object the crc32c that its store keeps (empty where it keeps none)."""
+    content, which is read; of an object the crc32c that its store keeps (empty where it keeps none). With `sizes`, a
+    local file that is not of the size it has there is not read; its checksum is empty."""
     if is_remote(directory):
         file_system, name = _file_system(directory)
         found = file_system.find(name, detail=True)
@@ -175,8 +176,14 @@ def stamps(directory: PathLike) -> dict[str, tuple[int, str]]:
         }
     root = Path(directory)
     files = sorted(path for path in root.rglob("*") if path.is_file())
+    names = [file.relative_to(root).as_posix() for file in files]
+
+    def stamp(name: str, file: Path) -> tuple[int, str]:
+        size = file.stat().st_size
+        return _stamp(file) if sizes is None or sizes.get(name) == size else (size, "")
+
     with ThreadPoolExecutor(TRANSFERS) as pool:  # zlib and reading release the GIL
-        return dict(zip((file.relative_to(root).as_posix() for file in files), pool.map(_stamp, files), strict=True))
+        return dict(zip(names, pool.map(stamp, names, files), strict=True))
 
 
 def _stamp(file: Path) -> tuple[int, str]:

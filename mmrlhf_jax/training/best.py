@@ -6,7 +6,10 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from mmrlhf_jax.models.files import JSON_BYTES, MIB, read_text
 from mmrlhf_jax.training.run import RunDirectory, read_lines
+
+_MOST_BYTES = 32 * MIB  # of a stranger's evaluation.jsonl: 100,000 evaluations
 
 Record = Mapping[str, Any]
 
@@ -43,8 +46,8 @@ def best_step(run: RunDirectory, steps: Collection[int]) -> int:
 
     Raises ValueError for a run that was never evaluated where it has a checkpoint.
     """
-    metric = json.loads(run.recipe.read_text())["evaluation.metric"]
-    records = [record for record in read_lines(run.evaluation) if record["step"] in steps]
+    metric = json.loads(read_text(run.recipe, JSON_BYTES))["evaluation.metric"]  # a recipe may hold infinities
+    records = [record for record in read_lines(run.evaluation, _MOST_BYTES) if record["step"] in steps]
     best = best_record(records, metric)
     if best is None:
         raise ValueError(f"{run.path} has no evaluated checkpoint: train with evaluation.every, or name a step")

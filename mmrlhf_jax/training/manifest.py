@@ -12,13 +12,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from mmrlhf_jax import storage
+from mmrlhf_jax.models.files import is_number, read_json, shown
 
 MANIFEST = "manifest.json"
+_MOST_METADATA = 16 * 2**20  # of one file; a 70B's has less than a million bytes
+_READ_WHOLE = ("metadata", "_METADATA", "_CHECKPOINT_METADATA", "_sharding", "manifest.ocdbt", MANIFEST)
+_MOST_NAME, _MOST_SIZE, _MOST_SECONDS = 1024, 2**60, 1e9
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,14 @@ def written(checkpoint: epath.Path) -> Written | None:
 
 
 def damage(checkpoint: epath.Path) -> str | None:
-    """What differs from the manifest; None where nothing does, or there is none."""
+    """What differs from the manifest; None where nothing does, or there is none. And what no checkpoint holds: a pipe,
+    which would be waited for, or metadata that do not fit in memory."""
+    if not storage.is_remote(checkpoint) and (odd := _oddity(Path(checkpoint))):
+        return odd
     document = _read(checkpoint)
     if document is None:
         return None
-    found = storage.stamps(checkpoint)
+    found = storage.stamps(checkpoint, {name: size for name, (size, _) in document["files"].items()})
     wrong = []
     for name, (size, checksum) in document["files"].items():
         if name not in found:
@@ -77,10 +85,40 @@ def _kind(checksum: str) -> str:
     return checksum.partition(":")[0]
 
 
+def _oddity(checkpoint: Path) -> str | None:
+    """Of the files on a disk that orbax would read whole, and of all that are none."""
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint).as_posix()
+        if not path.exists() or not (path.is_file() or path.is_dir()):
+            return f"{shown(name)} is not a plain file"
+        if (path.name in _READ_WHOLE or path.parent.name == "array_metadatas") and path.stat().st_size > _MOST_METADATA:
+            return f"{shown(name)} has {path.stat().st_size} bytes; such a file has {_MOST_METADATA} at most"
+    return None
+
+
 def _read(checkpoint: epath.Path) -> dict[str, Any] | None:
     """None where there is none that can be read: a machine may have died while it was written."""
     try:
-        document = json.loads((checkpoint / MANIFEST).read_text())
-        return document if isinstance(document["files"], dict) else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        document = read_json(checkpoint / MANIFEST, _MOST_METADATA)
+    except (FileNotFoundError, ValueError):
         return None
+    return document if _is_manifest(document) else None
+
+
+def _is_manifest(document: dict[str, Any]) -> bool:
+    """Whether it is of the kind that `seal` writes; the checkpoint may be a stranger's."""
+    files = document.get("files")
+    return (
+        is_number(document.get("bytes"), 0, _MOST_SIZE)
+        and is_number(document.get("seconds"), 0, _MOST_SECONDS)
+        and isinstance(files, dict)
+        and all(_is_name(name) and _is_stamp(stamp) for name, stamp in files.items())
+    )
+
+
+def _is_name(text: Any) -> bool:
+    return isinstance(text, str) and len(text) <= _MOST_NAME and text.isprintable()
+
+
+def _is_stamp(stamp: Any) -> bool:
+    return isinstance(stamp, list) and len(stamp) == 2 and is_number(stamp[0], 0, _MOST_SIZE) and _is_name(stamp[1])

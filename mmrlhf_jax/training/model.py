@@ -135,7 +135,10 @@ def load_adapters(
     settings = _lora_settings(name, made_with)
     base = load_model(base_of(model), mesh, rules, rates=rates, dtype=dtype)
     config = read_config(assets_of(name))
-    declared = lora.declare_adapted(declare(config), settings.targets, settings.rank, settings.alpha)
+    try:
+        declared = lora.declare_adapted(declare(config), settings.targets, settings.rank, settings.alpha)
+    except ValueError as error:
+        raise ValueError(f"{RunDirectory.at(name).start}: {error}") from error
     stored, _ = partition(declared, trains_with_lora)
     checkpoints, step = _open(name, which)
     with _reading(f"{name}: checkpoint {step}"):

@@ -32,6 +32,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mmrlhf_jax import storage
+from mmrlhf_jax.models.files import read_text
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.training import manifest
 from mmrlhf_jax.training.distributed import from_speaker, is_speaker
@@ -244,11 +245,12 @@ def _from_names(leaves: Mapping[str, Any], like: Any) -> Any:
     return nn_params.map_named(lambda name, _: leaves[name], like)
 
 
-def read_lines(path: epath.Path) -> list[dict[str, Any]]:
-    """The records of a .jsonl file of a run; a run that was killed may have left half a line at the end."""
+def read_lines(path: epath.Path, most: int = 2**30) -> list[dict[str, Any]]:
+    """The records of a .jsonl file of a run; a run that was killed may have left half a line at the end. Raises
+    ValueError for one of more than `most` bytes."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1] if line]
+    return [json.loads(line) for line in read_text(path, most).split("\n")[:-1] if line]
 
 
 def abstract_of(tree: Any) -> Any:

@@ -197,13 +197,19 @@ def _restore(
             params = checkpoints.params(step, abstract_of(held))
             moments = checkpoints.optimizer(step, abstract_of(state.optimizer))
     except Exception as error:  # of files that are not whole orbax raises anything, even a plain Exception
-        if isinstance(error, jax.errors.JaxRuntimeError) or checkpoints.has_manifest(step):
-            raise  # the devices' affair; or the files are as they were written
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            raise  # the devices' affair
+        if checkpoints.has_manifest(step):
+            what = f"{checkpoints.directory / str(step)} does not read, though its files are as they were written"
+            raise ValueError(f"{what}: {_innermost(error)}") from error
         check_agreement(f"view of checkpoint {step}", "unreadable")
         return _innermost(error), None
     check_agreement(f"view of checkpoint {step}", "readable")
     if changed:
-        raise ValueError(f"checkpoint {step} was made with another {', '.join(changed)}; resume what it began with")
+        raise ValueError(
+            f"{checkpoints.directory}: checkpoint {step} was made with another {', '.join(changed)}; resume what it "
+            "began with"
+        )
     trainable, frozen = partition(params, moving.__contains__) if whole else (params, state.frozen)
     return None, TrainState(_counter(step, shardings), trainable, frozen, moments)
 

@@ -49,19 +49,22 @@ def places(document: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def mutate_document(rng: Random, document: Any, times: int = 1, among: list[tuple[Any, ...]] | None = None) -> Any:
     """A copy with `times` nodes changed. `among`: the paths to choose from, where a document has too many to list."""
-    document = copy.deepcopy(document)
-    for _ in range(times):
-        found = among or places(document)
-        if not found:
-            return document
-        *parents, last = rng.choice(found)
-        holder = document
-        try:
-            for parent in parents:
-                holder = holder[parent]
-            _change(rng, document, holder, last, found)
-        except (KeyError, IndexError, TypeError):  # an earlier change took that place away
-            continue
+    try:
+        document = copy.deepcopy(document)
+        for _ in range(times):
+            found = among or places(document)
+            if not found:
+                return document
+            *parents, last = rng.choice(found)
+            holder = document
+            try:
+                for parent in parents:
+                    holder = holder[parent]
+                _change(rng, document, holder, last, found)
+            except (KeyError, IndexError, TypeError):  # an earlier change took that place away
+                continue
+    except RecursionError:  # a copy of what is deeper than Python copies
+        pass
     return document
 
 
@@ -121,7 +124,10 @@ def mutate_bytes(rng: Random, data: bytes) -> bytes:
 
 
 def dumps(document: Any) -> bytes:
-    return json.dumps(document).encode()
+    try:
+        return json.dumps(document).encode()
+    except RecursionError:  # deeper than Python writes
+        return b"[" * 5000 + b"]" * 5000
 
 
 def mutate_file(rng: Random, path: Path, change: Callable[[Random, Any], Any], document: Any) -> None:

@@ -31,6 +31,20 @@ ESCAPES = (
     "{{ raise_exception('no') }}", "{{ messages | attr('__class__') }}", "{{ 1 / 0 }}", "{{ strftime_now('%Y') }}",
     "{{ undefined.x }}", "{{ messages | tojson }}", "{% generation %}x{% endgeneration %}", "{% break %}", "\x00", "{#",
 )  # fmt: skip
+# what a template can be and fit no model: each says another thing that Chat refuses
+MISFITS = (
+    "{{ messages | length }}",
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0].text }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>other\n{% endif %}",
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ c.text }}{% endfor %}"
+    "{{ messages[-1].content[0].text | length }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    # not refused: every function that transformers gives to templates
+    "{% set n = namespace(x=1) %}{% set n.x = 2 %}{% set d = dict.fromkeys(['a']) %}{{ dict(b=n.x) | tojson }}"
+    "{% generation %}{{ strftime_now('%Y') }}{% endgeneration %}{{ d }}{{ namespace({'a': 1}).a }}",
+)
 _TOKEN = re.compile(r"\{%-?|-?%\}|\{\{-?|-?\}\}|'[^']*'|\w+|\s+|.", re.DOTALL)
 
 
@@ -38,7 +52,7 @@ def template_case(rng: Random, valid: str) -> str:
     kind = rng.random()
     if kind < 0.002:
         return rng.choice(list(BOMBS.values())) + (valid if rng.random() < 0.5 else "")
-    tokens = _TOKEN.findall(valid)
+    tokens = _TOKEN.findall(rng.choice(MISFITS) if kind < 0.08 else valid)
     for _ in range(rng.choice((0, 1, 1, 2, 5))):
         at, act = rng.randrange(len(tokens)), rng.randrange(5)
         if act == 0:

@@ -1,4 +1,7 @@
-"""Mutated MODEL and RUN directories are read or refused: see tests/fuzz_models/run.py for the long form."""
+"""Mutated MODEL and RUN directories are read or refused: see tests/fuzz_models/run.py for the long form.
+
+The seeds are fixed, and so is the number of cases: what CI says must not depend on luck. Other seeds are for by hand.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from fuzz_models.readers import READERS
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_mutated_directory_is_read_or_refused(name: str) -> None:
-    figures = fuzz(READERS[name], 200, seed=1, seconds=0.8)
-    assert figures.executions
+    figures = fuzz(READERS[name], 25, seed=1)
+    assert figures.executions == 25
     assert not figures.failures
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
-def test_a_thousand_mutated_directories_are_refused_by_name(name: str) -> None:
-    figures = fuzz(READERS[name], 1_000, seed=2, seconds=20)
+def test_hundreds_of_mutated_directories_are_refused_by_name(name: str) -> None:
+    figures = fuzz(READERS[name], 600, seed=2)
+    assert figures.executions == 600
     assert not figures.failures
