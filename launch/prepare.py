@@ -34,7 +34,9 @@ class Arguments:
     mm_rlhf: MM-RLHF's dpo_pairs.jsonl and mm_reward_bench.jsonl;
     trl: TRL's prompt, chosen, rejected as strings or messages (the prompt may be implicit), with images or image;
     sharegpt: LLaMA-Factory's conversations or messages, with chosen and rejected or (SFT) without, images, videos;
+    ms_swift: ms-swift's messages with rejected_response or rejected_messages or (SFT) without, images, videos;
     rlhf_v: RLAIF-V-Dataset and RLHF-V-Dataset;
+    vlfeedback: VLFeedback's completions, ranked by the mean of their three ratings; pictures are ID.jpg under --media;
     mapped: one query a row with all its responses, fields named by --map."""
     input: tuple[str, ...]
     """JSON-lines, JSON-array or .parquet files.
@@ -50,7 +52,7 @@ class Arguments:
     """TARGET=FIELD pairs: for --source mapped such as responses=answers rank=ranking;
     for --source sharegpt columns and tags as in LLaMA-Factory's dataset_info.json, such as messages=chat."""
     margin_column: str | None = None
-    """The column with each pair's margin; for every source but mapped."""
+    """The column with each pair's margin; for every source but mapped and vlfeedback, whose scores say it."""
     max_tokens: int | None = None
     """Reject groups whose prompt + longest response has more tokens (needs --model)."""
     max_frames: int = MAX_FRAMES
