@@ -9,7 +9,9 @@ finds the work done. Exit codes: 0 done, 1 failed, 2 bad usage.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 
@@ -53,6 +55,12 @@ class Arguments:
     for --source sharegpt columns and tags as in LLaMA-Factory's dataset_info.json, such as messages=chat."""
     margin_column: str | None = None
     """The column with each pair's margin; for every source but mapped and vlfeedback, whose scores say it."""
+    gap: float | None = None
+    """Pairs whose scores, or margins of --margin-column, are less than this apart are no pairs (and no ties); 0 leaves
+    every difference. Needs --source vlfeedback, --map score=..., or --margin-column. Where --map names scores and no
+    rank, the scores rank the responses."""
+    pairs: Literal["all", "best_worst"] = "all"
+    """all: every pair that the ranks (or rows) say; best_worst: of each group only its best and its worst response."""
     max_tokens: int | None = None
     """Reject groups whose prompt + longest response has more tokens (needs --model)."""
     max_frames: int = MAX_FRAMES
@@ -97,21 +105,38 @@ def _options(arguments: Arguments) -> PrepareOptions:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
+    mapping = _mapping(arguments.map)
+    _check_gap(arguments, mapping)
     return PrepareOptions(
         source=arguments.source,
         inputs=arguments.input,
         output=arguments.output,
         media=arguments.media,
-        source_options=SourceOptions(_mapping(arguments.map), arguments.margin_column),
+        source_options=SourceOptions(mapping, arguments.margin_column),
         renderer=None if arguments.model is None else _renderer(arguments.model),
         max_tokens=arguments.max_tokens,
         max_frames=arguments.max_frames,
         video_frames=arguments.video_frames,
         max_rejected=arguments.max_rejected,
         limit=arguments.limit,
+        gap=arguments.gap,
+        pairs=arguments.pairs,
         workers=arguments.workers,
         progress=True,
     )
+
+
+def _check_gap(arguments: Arguments, mapping: dict[str, str]) -> None:
+    gap = arguments.gap
+    if gap is None:
+        return
+    if not (math.isfinite(gap) and gap >= 0):
+        raise UsageError(f"--gap {gap} is not a number from 0 on")
+    scored = arguments.source == "vlfeedback" or (arguments.source == "mapped" and "score" in mapping)
+    if not scored and arguments.margin_column is None:
+        raise UsageError(
+            "--gap needs scores: --source vlfeedback, --map score=FIELD of --source mapped, --margin-column"
+        )
 
 
 def _mapping(pairs: tuple[str, ...]) -> dict[str, str]:

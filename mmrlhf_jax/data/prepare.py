@@ -31,6 +31,7 @@ from mmrlhf_jax.data.dataset import (
     write_dataset,
 )
 from mmrlhf_jax.data.media import MAX_FRAMES, MAX_MEDIA_BYTES, MediaError, MediaRoot, read_media, verify_media
+from mmrlhf_jax.data.pair_choice import Pairs, choose_pairs
 from mmrlhf_jax.data.report import Report, rejected_from_json, rejected_to_json, report_of
 from mmrlhf_jax.data.sources import read_source
 from mmrlhf_jax.data.sources.pictures import PictureStore, is_embedded
@@ -58,6 +59,7 @@ class PrepareOptions:
     max_rejected   share of rejected rows (duplicates aside) above which nothing is prepared
     limit          only the first so many groups that are read; all rows are read, since those of a group may stand
                    anywhere
+    gap, pairs     which pairs stay, see `pair_choice`; with a gap, scores rank responses that have no ranks
     """
 
     source: str
@@ -71,6 +73,8 @@ class PrepareOptions:
     video_frames: int = video.FRAMES
     max_rejected: float = 0.05
     limit: int | None = None
+    gap: float | None = None
+    pairs: Pairs = "all"
     workers: int = 4
     progress: bool = False
 
@@ -90,6 +94,7 @@ class _Sorting:
     groups: list[Group] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
 
     def reject(self, group: Group, reason: str) -> None:
         self.rejected += [Rejected(origin, reason) for origin in group.origins]
@@ -127,9 +132,12 @@ def prepare(options: PrepareOptions) -> Report:
 
 def _prepare(options: PrepareOptions, output: epath.Path, metadata: dict[str, Any]) -> Report:
     sorting = _read(options)
+    _choose_pairs(sorting, options)
     bytes_of = _prove_media(sorting, options)
     measured, over = _measure(sorting, options)
-    report = report_of(metadata["fingerprint"], sorting.groups, sorting.rejected, sorting.remarks, measured, over)
+    report = report_of(
+        metadata["fingerprint"], sorting.groups, sorting.rejected, sorting.remarks, measured, over, sorting.stages
+    )
     try:
         _check_share(report, options, output)
     except PrepareError:
@@ -157,8 +165,9 @@ def _metadata(options: PrepareOptions) -> dict[str, Any]:
         "max_frames": options.max_frames,
         "video_frames": options.video_frames,
     }
-    if options.limit is not None:  # otherwise unstated: datasets from before it existed stay what they are
-        stated["limit"] = options.limit
+    # Unstated unless asked for: datasets from before they existed stay what they are.
+    asked = {"limit": options.limit, "gap": options.gap, "pairs": None if options.pairs == "all" else options.pairs}
+    stated |= {name: value for name, value in asked.items() if value is not None}
     canonical = json.dumps(stated, sort_keys=True)
     return {**stated, "fingerprint": hashlib.sha256(canonical.encode()).hexdigest()}
 
@@ -224,7 +233,8 @@ def _check_share(report: Report, options: PrepareOptions, output: epath.Path) ->
 def _read(options: PrepareOptions) -> _Sorting:
     store = PictureStore(_waiting(epath.Path(options.output), "pictures"))
     sorting, left_out = _Sorting(), 0
-    for item in read_source(options.source, options.inputs, dataclasses.replace(options.source_options, store=store)):
+    said = dataclasses.replace(options.source_options, store=store, by_score=options.gap is not None)
+    for item in read_source(options.source, options.inputs, said):
         match item:
             case Group() if options.limit is not None and len(sorting.groups) >= options.limit:
                 left_out += len(item.origins)
@@ -237,6 +247,12 @@ def _read(options: PrepareOptions) -> _Sorting:
     if left_out:
         sorting.remarks.append(Remark(f"--limit {options.limit}: rows of further groups are left out", left_out))
     return sorting
+
+
+def _choose_pairs(sorting: _Sorting, options: PrepareOptions) -> None:
+    sorting.groups, rejected, lines = choose_pairs(sorting.groups, options.gap, options.pairs)
+    sorting.rejected += rejected
+    sorting.stages += lines
 
 
 def _prove_media(sorting: _Sorting, options: PrepareOptions) -> dict[Media, int]:

@@ -317,6 +317,8 @@ def test_help_shows_every_default() -> None:
         "model",
         "map",
         "margin-column",
+        "gap",
+        "pairs",
         "max-tokens",
         "max-frames",
         "video-frames",
@@ -326,7 +328,7 @@ def test_help_shows_every_default() -> None:
     )
     for name in names:
         assert f"--{name}" in shown
-    assert shown.count("(default:") == 11
+    assert shown.count("(default:") == 13
 
 
 def test_a_mapped_file_is_prepared_with_its_options(options: Any) -> None:
