@@ -18,6 +18,7 @@ import tyro
 from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data import video
 from mmrlhf_jax.data.audit import audit
+from mmrlhf_jax.data.cluster_sampling import Sampling
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.media import MAX_FRAMES
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
@@ -55,6 +56,18 @@ class Arguments:
     for --source sharegpt columns and tags as in LLaMA-Factory's dataset_info.json, such as messages=chat."""
     margin_column: str | None = None
     """The column with each pair's margin; for every source but mapped and vlfeedback, whose scores say it."""
+    sample: int | None = None
+    """Take so many groups, as evenly as can be from clusters of their embeddings. OUTPUT/sample.jsonl says of every
+    group its cluster and whether it was taken. To have the ids, prepare once without --sample."""
+    embeddings: str | None = None
+    """For --sample: a .npy file of numbers [n, d], such as CLIP's of each group's picture, which --clusters K groups by
+    k-means; or of whole numbers [n], which are the clusters."""
+    embedding_ids: str | None = None
+    """For --sample: a text file with the group's id of each row of --embeddings, one a line."""
+    clusters: int | None = None
+    """For --sample: how many clusters k-means makes of the embeddings (MM-RLHF: 100)."""
+    seed: int | None = None
+    """Of what --sample draws; 0 unless given."""
     gap: float | None = None
     """Pairs whose scores, or margins of --margin-column, are less than this apart are no pairs (and no ties); 0 leaves
     every difference. Needs --source vlfeedback, --map score=..., or --margin-column. Where --map names scores and no
@@ -101,7 +114,7 @@ def _options(arguments: Arguments) -> PrepareOptions:
         raise UsageError("--max-tokens needs --model: lengths are counted in the model's tokens")
     if not 0 <= arguments.max_rejected <= 1:
         raise UsageError(f"--max-rejected {arguments.max_rejected} is not a share between 0 and 1")
-    for name in ("max_tokens", "max_frames", "video_frames", "limit", "workers"):
+    for name in ("max_tokens", "max_frames", "video_frames", "limit", "workers", "sample", "clusters"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
@@ -119,11 +132,25 @@ def _options(arguments: Arguments) -> PrepareOptions:
         video_frames=arguments.video_frames,
         max_rejected=arguments.max_rejected,
         limit=arguments.limit,
+        sampling=_sampling(arguments),
         gap=arguments.gap,
         pairs=arguments.pairs,
         workers=arguments.workers,
         progress=True,
     )
+
+
+def _sampling(arguments: Arguments) -> Sampling | None:
+    if arguments.sample is None:
+        for name in ("embeddings", "embedding_ids", "clusters", "seed"):
+            if getattr(arguments, name) is not None:
+                raise UsageError(f"--{name.replace('_', '-')} is for --sample COUNT, which is not given")
+        return None
+    if arguments.embeddings is None or arguments.embedding_ids is None:
+        raise UsageError("--sample needs --embeddings FILE.npy and --embedding-ids FILE")
+    if (seed := arguments.seed or 0) < 0:
+        raise UsageError(f"--seed {seed} is negative")
+    return Sampling(arguments.embeddings, arguments.embedding_ids, arguments.sample, arguments.clusters, seed)
 
 
 def _check_gap(arguments: Arguments, mapping: dict[str, str]) -> None:

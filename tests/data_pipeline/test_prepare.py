@@ -317,6 +317,11 @@ def test_help_shows_every_default() -> None:
         "model",
         "map",
         "margin-column",
+        "sample",
+        "embeddings",
+        "embedding-ids",
+        "clusters",
+        "seed",
         "gap",
         "pairs",
         "max-tokens",
@@ -328,7 +333,7 @@ def test_help_shows_every_default() -> None:
     )
     for name in names:
         assert f"--{name}" in shown
-    assert shown.count("(default:") == 13
+    assert shown.count("(default:") == 18
 
 
 def test_a_mapped_file_is_prepared_with_its_options(options: Any) -> None:
