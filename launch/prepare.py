@@ -19,6 +19,7 @@ from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data import video
 from mmrlhf_jax.data.audit import audit
 from mmrlhf_jax.data.cluster_sampling import Sampling
+from mmrlhf_jax.data.cross_prompt import Crossing
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.media import MAX_FRAMES
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
@@ -67,13 +68,17 @@ class Arguments:
     clusters: int | None = None
     """For --sample: how many clusters k-means makes of the embeddings (MM-RLHF: 100)."""
     seed: int | None = None
-    """Of what --sample draws; 0 unless given."""
+    """Of what --sample and --cross-prompt draw; 0 unless given."""
     gap: float | None = None
     """Pairs whose scores, or margins of --margin-column, are less than this apart are no pairs (and no ties); 0 leaves
     every difference. Needs --source vlfeedback, --map score=..., or --margin-column. Where --map names scores and no
     rank, the scores rank the responses."""
     pairs: Literal["all", "best_worst"] = "all"
     """all: every pair that the ranks (or rows) say; best_worst: of each group only its best and its worst response."""
+    cross_prompt: int | None = None
+    """Merge groups that ask different questions about the same pictures, and add for each question up to so many pairs
+    with answers to the others, drawn at random; their scores say which is better, at least --gap apart. For reward
+    models. Needs --source vlfeedback or --map score=..., which ranks as with --gap."""
     max_tokens: int | None = None
     """Reject groups whose prompt + longest response has more tokens (needs --model)."""
     max_frames: int = MAX_FRAMES
@@ -114,12 +119,13 @@ def _options(arguments: Arguments) -> PrepareOptions:
         raise UsageError("--max-tokens needs --model: lengths are counted in the model's tokens")
     if not 0 <= arguments.max_rejected <= 1:
         raise UsageError(f"--max-rejected {arguments.max_rejected} is not a share between 0 and 1")
-    for name in ("max_tokens", "max_frames", "video_frames", "limit", "workers", "sample", "clusters"):
+    for name in ("max_tokens", "max_frames", "video_frames", "limit", "workers", "sample", "clusters", "cross_prompt"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
     mapping = _mapping(arguments.map)
     _check_gap(arguments, mapping)
+    _check_seed(arguments)
     return PrepareOptions(
         source=arguments.source,
         inputs=arguments.input,
@@ -135,6 +141,7 @@ def _options(arguments: Arguments) -> PrepareOptions:
         sampling=_sampling(arguments),
         gap=arguments.gap,
         pairs=arguments.pairs,
+        crossing=_crossing(arguments, mapping),
         workers=arguments.workers,
         progress=True,
     )
@@ -142,15 +149,37 @@ def _options(arguments: Arguments) -> PrepareOptions:
 
 def _sampling(arguments: Arguments) -> Sampling | None:
     if arguments.sample is None:
-        for name in ("embeddings", "embedding_ids", "clusters", "seed"):
+        for name in ("embeddings", "embedding_ids", "clusters"):
             if getattr(arguments, name) is not None:
                 raise UsageError(f"--{name.replace('_', '-')} is for --sample COUNT, which is not given")
         return None
     if arguments.embeddings is None or arguments.embedding_ids is None:
         raise UsageError("--sample needs --embeddings FILE.npy and --embedding-ids FILE")
-    if (seed := arguments.seed or 0) < 0:
-        raise UsageError(f"--seed {seed} is negative")
-    return Sampling(arguments.embeddings, arguments.embedding_ids, arguments.sample, arguments.clusters, seed)
+    files = arguments.embeddings, arguments.embedding_ids
+    return Sampling(*files, arguments.sample, arguments.clusters, arguments.seed or 0)
+
+
+def _crossing(arguments: Arguments, mapping: dict[str, str]) -> Crossing | None:
+    if arguments.cross_prompt is None:
+        return None
+    if not _has_scores(arguments, mapping):
+        raise UsageError("--cross-prompt needs scores: --source vlfeedback, or --map score=FIELD of --source mapped")
+    if arguments.pairs != "all":
+        raise UsageError("--cross-prompt adds pairs that --pairs best_worst would leave out: give one of them")
+    return Crossing(arguments.cross_prompt, arguments.gap or 0.0, arguments.seed or 0)
+
+
+def _check_seed(arguments: Arguments) -> None:
+    if arguments.seed is None:
+        return
+    if arguments.sample is None and arguments.cross_prompt is None:
+        raise UsageError("--seed is for --sample and --cross-prompt, neither of which is given")
+    if arguments.seed < 0:
+        raise UsageError(f"--seed {arguments.seed} is negative")
+
+
+def _has_scores(arguments: Arguments, mapping: dict[str, str]) -> bool:
+    return arguments.source == "vlfeedback" or (arguments.source == "mapped" and "score" in mapping)
 
 
 def _check_gap(arguments: Arguments, mapping: dict[str, str]) -> None:
@@ -159,8 +188,7 @@ def _check_gap(arguments: Arguments, mapping: dict[str, str]) -> None:
         return
     if not (math.isfinite(gap) and gap >= 0):
         raise UsageError(f"--gap {gap} is not a number from 0 on")
-    scored = arguments.source == "vlfeedback" or (arguments.source == "mapped" and "score" in mapping)
-    if not scored and arguments.margin_column is None:
+    if not _has_scores(arguments, mapping) and arguments.margin_column is None:
         raise UsageError(
             "--gap needs scores: --source vlfeedback, --map score=FIELD of --source mapped, --margin-column"
         )

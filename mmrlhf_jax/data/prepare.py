@@ -23,6 +23,7 @@ from mmrlhf_jax import storage
 from mmrlhf_jax.command import one_line, progress_line
 from mmrlhf_jax.data import video
 from mmrlhf_jax.data.cluster_sampling import Sample, Sampling, sample
+from mmrlhf_jax.data.cross_prompt import Crossing, cross_prompts
 from mmrlhf_jax.data.dataset import (
     FORMAT_VERSION,
     UPLOADING,
@@ -62,7 +63,9 @@ class PrepareOptions:
     limit          only the first so many groups that are read; all rows are read, since those of a group may stand
                    anywhere
     sampling       so many groups, evenly from clusters of their embeddings, see `cluster_sampling`
-    gap, pairs     which pairs stay, see `pair_choice`; with a gap, scores rank responses that have no ranks
+    gap, pairs     which pairs stay, see `pair_choice`
+    crossing       pairs across questions about the same pictures, see `cross_prompt`
+                   With a gap or with pairs across questions, scores rank responses that have no ranks.
     """
 
     source: str
@@ -79,6 +82,7 @@ class PrepareOptions:
     sampling: Sampling | None = None
     gap: float | None = None
     pairs: Pairs = "all"
+    crossing: Crossing | None = None
     workers: int = 4
     progress: bool = False
 
@@ -116,6 +120,7 @@ def prepare(options: PrepareOptions) -> Report:
         SourceError: the input cannot be read as asked.
         DatasetError: `output` holds something else, or was prepared from other inputs.
         SamplingError: embeddings that do not fit the groups.
+        CrossPromptError: nothing can be compared across questions.
         PrepareError: too many rows are bad (they are listed in `output`/rejected.jsonl), or none is good.
         LeaseError: another job prepares `output`.
     """
@@ -141,6 +146,9 @@ def _prepare(options: PrepareOptions, output: epath.Path, metadata: dict[str, An
     _take_sample(sorting, options)
     _choose_pairs(sorting, options)
     bytes_of = _prove_media(sorting, options)
+    if options.crossing is not None and sorting.groups:
+        sorting.groups, line = cross_prompts(sorting.groups, options.crossing)
+        sorting.stages.append(line)
     measured, over = _measure(sorting, options)
     report = report_of(
         metadata["fingerprint"], sorting.groups, sorting.rejected, sorting.remarks, measured, over, sorting.stages
@@ -178,6 +186,8 @@ def _metadata(options: PrepareOptions) -> dict[str, Any]:
     # Unstated unless asked for: datasets from before they existed stay what they are.
     asked = {"limit": options.limit, "gap": options.gap, "pairs": None if options.pairs == "all" else options.pairs}
     stated |= {name: value for name, value in asked.items() if value is not None}
+    if options.crossing is not None:
+        stated["crossing"] = [*dataclasses.astuple(options.crossing)]
     if (drawn := options.sampling) is not None:
         files = [_sha256(drawn.embeddings, "--embeddings"), _sha256(drawn.ids, "--embedding-ids")]
         stated["sampling"] = [*files, drawn.count, drawn.clusters, drawn.seed]
@@ -246,7 +256,8 @@ def _check_share(report: Report, options: PrepareOptions, output: epath.Path) ->
 def _read(options: PrepareOptions) -> _Sorting:
     store = PictureStore(_waiting(epath.Path(options.output), "pictures"))
     sorting, left_out = _Sorting(), 0
-    said = dataclasses.replace(options.source_options, store=store, by_score=options.gap is not None)
+    by_score = options.gap is not None or options.crossing is not None
+    said = dataclasses.replace(options.source_options, store=store, by_score=by_score)
     for item in read_source(options.source, options.inputs, said):
         match item:
             case Group() if options.limit is not None and len(sorting.groups) >= options.limit:

@@ -186,7 +186,7 @@ def test_a_dataset_of_a_sample(sampling: Any, tmp_path: Path) -> None:
 
 REFUSED = {
     "alone": ({"clusters": 3}, "--clusters is for --sample COUNT, which is not given"),
-    "a seed alone": ({"seed": 0}, "--seed is for --sample COUNT, which is not given"),
+    "a seed alone": ({"seed": 0}, "--seed is for --sample and --cross-prompt, neither"),
     "no embeddings": ({"sample": 3, "embedding_ids": "i"}, "--sample needs --embeddings FILE.npy and"),
     "no clusters at all": (
         {"sample": 3, "embeddings": "e", "embedding_ids": "i", "clusters": 0},

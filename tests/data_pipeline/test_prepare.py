@@ -324,6 +324,7 @@ def test_help_shows_every_default() -> None:
         "seed",
         "gap",
         "pairs",
+        "cross-prompt",
         "max-tokens",
         "max-frames",
         "video-frames",
@@ -333,7 +334,7 @@ def test_help_shows_every_default() -> None:
     )
     for name in names:
         assert f"--{name}" in shown
-    assert shown.count("(default:") == 18
+    assert shown.count("(default:") == 19
 
 
 def test_a_mapped_file_is_prepared_with_its_options(options: Any) -> None:

@@ -10,6 +10,8 @@ from mmrlhf_jax.data.datasets import Dataset
 from mmrlhf_jax.groups import Group
 
 SHOWN = 3  # groups named in a refusal
+VIDEO = "a video, which is stored as frames: leave such groups out with --skip-videos"
+CROSSED = "answers to several questions, which no pair of rows compares: prepare without --cross-prompt"
 
 
 class WriteBackError(ValueError):
@@ -74,9 +76,7 @@ def choose(dataset: Dataset, form: str, problem: Callable[[Group], str | None], 
         if video and skip_videos:
             chosen.with_videos += 1
             continue
-        found = (
-            "a video, which is stored as frames: leave such groups out with --skip-videos" if video else problem(group)
-        )
+        found = VIDEO if video else problem(group) if group.one_prompt else CROSSED
         if found is not None:
             problems.append(f"  {one_line(group.id)[:60]} ({one_line(str(group.origins[0]))}): {found}")
             continue
