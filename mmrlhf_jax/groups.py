@@ -107,6 +107,28 @@ class Group:
         """Whether all responses answer the prompt as it stands."""
         return all(response.question is None for response in self.responses)
 
+    def by_question(self) -> tuple[Group, ...]:
+        """The group, or one for each question that its responses answer, without the pairs across them."""
+        if self.one_prompt:
+            return (self,)
+        found = []
+        for question in dict.fromkeys(response.question for response in self.responses):
+            own = [k for k, response in enumerate(self.responses) if response.question == question]
+            place = {k: number for number, k in enumerate(own)}
+            found.append(
+                dataclasses.replace(
+                    self,
+                    prompt=self.asked(self.responses[own[0]]),
+                    responses=tuple(dataclasses.replace(self.responses[k], question=None) for k in own),
+                    pairs=tuple(
+                        dataclasses.replace(pair, chosen=place[pair.chosen], rejected=place[pair.rejected])
+                        for pair in self.pairs
+                        if pair.chosen in place and pair.rejected in place
+                    ),
+                )
+            )
+        return tuple(found)
+
     def margin(self, pair: Pair) -> float | None:
         """A pair's own margin, else the difference of its responses' scores, else None."""
         if pair.margin is not None:

@@ -13,13 +13,15 @@ import pytest
 from data_samples import picture, write_media, write_rows
 
 from mmrlhf_jax.command import UsageError
+from mmrlhf_jax.data.audit import audit
 from mmrlhf_jax.data.cross_prompt import MOST, Crossing, CrossPromptError, cross_prompts, fits, merge
 from mmrlhf_jax.data.datasets import open_dataset
+from mmrlhf_jax.data.pipeline import Selection, select
 from mmrlhf_jax.data.prepare import PrepareOptions, prepare
 from mmrlhf_jax.data.ranking import by_score
 from mmrlhf_jax.data.sources.rows import SourceOptions
 from mmrlhf_jax.data.write_back import WriteBackError, write_back
-from mmrlhf_jax.groups import Group, Media, Origin, Pair, Response, Turn
+from mmrlhf_jax.groups import Group, Lengths, Media, Origin, Pair, Response, Turn
 from mmrlhf_jax.inference.prompts import dataset_prompts
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "prepare.py"
@@ -166,6 +168,37 @@ def test_the_json_of_a_group_and_its_hash() -> None:
     assert Group.from_json(crossed.to_json()) == crossed
     other = dataclasses.replace(crossed, responses=(dataclasses.replace(crossed.responses[0], question="Who?"),) * 3)
     assert len({group.content_hash() for group in (plain, crossed, other)}) == 3
+
+
+def test_question_by_question_it_is_the_groups_it_was_made_of() -> None:
+    groups = [asked("a", "One?", 3.0, 1.0, 2.0), asked("b", "Two?", 2.0), asked("c", "Three?", 1.0, 1.0)]
+    crossed = merge(groups, Crossing(9))
+    back = {group.prompt[-1].text: group for group in crossed.by_question()}
+    assert len(back) == 3
+    for group in groups:
+        own = back[group.prompt[-1].text]
+        assert own.one_prompt
+        assert [(r.text, r.score) for r in own.responses] == [(r.text, r.score) for r in group.responses]
+        assert own.pairs == group.pairs
+    assert groups[0].by_question() == (groups[0],)
+
+
+def test_the_audit_looks_at_pairs_within_questions_alone() -> None:
+    groups = [asked("a", "One?", 3.0, 1.0), asked("b", "Two?", 2.0, 5.0)]
+    yes = [Response("Yes.", score=score) for score in (3.0, 5.0)]
+    same = [dataclasses.replace(group, responses=(r,), pairs=()) for group, r in zip(groups, yes, strict=True)]
+    crossed = merge(same, Crossing(9))
+    assert len(crossed.pairs) == 1  # "Yes." to one question is better than "Yes." to the other
+    found = audit([crossed])
+    assert (found.groups, found.pairs, found.alike.count) == (2, 0, 0)
+    assert audit([merge(groups, Crossing(9))]) == audit(groups)
+
+
+def test_fine_tuning_on_the_best_takes_the_best_of_each_question() -> None:
+    crossed = merge([asked("a", "One?", 3.0, 1.0), asked("b", "Two?", 2.0, 0.0)], Crossing(9))
+    lengths = [Lengths(1, 9, (3,) * 4)]
+    (item,) = select([crossed], lengths, Selection(preferences=False, kept="best")).items
+    assert [crossed.responses[k].text for k in item.responses] == ["One? 0", "Two? 0"]
 
 
 SCORED = {"prompt": "q", "responses": "a", "score": "s", "image": "pic", "id": "id"}
