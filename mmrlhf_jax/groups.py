@@ -53,12 +53,14 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One answer. Rank 0 is the best; tied responses share a rank."""
+    """One answer. Rank 0 is the best; tied responses share a rank. `question` is what it answers where a group's
+    responses answer several: it then stands for the text of the prompt's last turn."""
 
     text: str
     rank: int = 0
     score: float | None = None
     reason: str | None = None
+    question: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,39 @@ class Group:
         first = next((i for i, turn in enumerate(self.prompt) if turn.role == "user"), None)
         return tuple(len(self.media) * (i == first) for i in range(len(self.prompt)))
 
+    def asked(self, response: Response) -> tuple[Turn, ...]:
+        """The prompt that `response` answers."""
+        if response.question is None:
+            return self.prompt
+        return (*self.prompt[:-1], dataclasses.replace(self.prompt[-1], text=response.question))
+
+    @property
+    def one_prompt(self) -> bool:
+        """Whether all responses answer the prompt as it stands."""
+        return all(response.question is None for response in self.responses)
+
+    def by_question(self) -> tuple[Group, ...]:
+        """The group, or one for each question that its responses answer, without the pairs across them."""
+        if self.one_prompt:
+            return (self,)
+        found = []
+        for question in dict.fromkeys(response.question for response in self.responses):
+            own = [k for k, response in enumerate(self.responses) if response.question == question]
+            place = {k: number for number, k in enumerate(own)}
+            found.append(
+                dataclasses.replace(
+                    self,
+                    prompt=self.asked(self.responses[own[0]]),
+                    responses=tuple(dataclasses.replace(self.responses[k], question=None) for k in own),
+                    pairs=tuple(
+                        dataclasses.replace(pair, chosen=place[pair.chosen], rejected=place[pair.rejected])
+                        for pair in self.pairs
+                        if pair.chosen in place and pair.rejected in place
+                    ),
+                )
+            )
+        return tuple(found)
+
     def margin(self, pair: Pair) -> float | None:
         """A pair's own margin, else the difference of its responses' scores, else None."""
         if pair.margin is not None:
@@ -112,6 +147,8 @@ class Group:
             "media": [[media.kind, media.sha256] for media in self.media],
             "responses": [[r.text, r.reason] if reasons else r.text for r in self.responses],
         }
+        if not self.one_prompt:
+            content["questions"] = [response.question for response in self.responses]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -121,6 +158,9 @@ class Group:
         for turn in raw["prompt"]:
             if not turn["media"]:
                 del turn["media"]  # so that groups which do not need it are stored as they were before it existed
+        for response in raw["responses"]:
+            if response["question"] is None:
+                del response["question"]
         return json.dumps(raw, ensure_ascii=True)
 
     @classmethod

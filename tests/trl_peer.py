@@ -96,8 +96,11 @@ def make_world(directory: Path) -> World:
     return world
 
 
-def train_theirs(world: World, setting: Setting, output: Path, *, pairs_at_once: int | None = None) -> Trained:
-    """Every step sees the whole file: all pairs in one batch, or accumulated over batches of `pairs_at_once`."""
+def train_theirs(
+    world: World, setting: Setting, output: Path, *, pairs_at_once: int | None = None, dataset: Any = None
+) -> Trained:
+    """Every step sees the whole file: all pairs in one batch, or accumulated over batches of `pairs_at_once`. `dataset`
+    is one of `datasets` with the same pairs, to train on instead of the world's rows."""
     from datasets import Dataset
     from transformers import AutoProcessor, LlavaOnevisionForConditionalGeneration
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
@@ -140,7 +143,7 @@ def train_theirs(world: World, setting: Setting, output: Path, *, pairs_at_once:
     trainer = DPOTrainer(
         model=model,
         args=settings,
-        train_dataset=Dataset.from_list([conversation(row) for row in world.rows]),
+        train_dataset=dataset or Dataset.from_list([conversation(row) for row in world.rows]),
         processing_class=processor,
     )
     trainer.train()

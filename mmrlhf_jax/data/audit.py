@@ -15,6 +15,7 @@ pairs of one group share answers, so it is too small where groups are large.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -92,7 +93,8 @@ class Audit:
 
 
 def audit(groups: Iterable[Group], rejected: Sequence[Rejected] = ()) -> Audit:
-    """Looks at every group once, in order; holds a short key of each pair, no text."""
+    """Looks at every group once, in order; holds a short key of each pair, no text. A group whose responses answer
+    several questions is one for each of them here, and pairs across these are not looked at."""
     wordless: list[str] = []
     alike: list[str] = []
     again: list[str] = []
@@ -102,7 +104,7 @@ def audit(groups: Iterable[Group], rejected: Sequence[Rejected] = ()) -> Audit:
     lengths: list[tuple[int, int]] = []
     longer_in_all: list[bool] = []
     count = 0
-    for group in groups:
+    for group in itertools.chain.from_iterable(map(Group.by_question, groups)):
         count += 1
         question = _question(group)
         if question in stated:

@@ -209,7 +209,7 @@ def _group_of(record: bytes) -> Group:
     texts = [group.id, *(turn.text for turn in group.prompt), *(response.text for response in group.responses)]
     texts += [text for media in group.media for text in (media.path, media.sha256)]
     texts += [origin.file for origin in group.origins]
-    texts += [response.reason for response in group.responses if response.reason is not None]
+    texts += [text for each in group.responses for text in (each.reason, each.question) if text is not None]
     numbers = [response.score for response in group.responses] + [pair.margin for pair in group.pairs]
     places = [place for pair in group.pairs for place in (pair.chosen, pair.rejected)]
     counts = [response.rank for response in group.responses] + [turn.media for turn in group.prompt] + places
@@ -223,6 +223,8 @@ def _group_of(record: bytes) -> Group:
         raise ValueError("a pair of responses that are not there")
     if any(turn.role not in ("system", "user", "assistant") for turn in group.prompt):
         raise ValueError("a turn of nobody")
+    if not group.one_prompt and not group.prompt:
+        raise ValueError("an answer to a question in no turn")
     if any(media.kind not in ("image", "video") for media in group.media):
         raise ValueError("media of no kind")
     if sum(group.media_before()) != len(group.media):

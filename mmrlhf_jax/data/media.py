@@ -93,6 +93,16 @@ def picture_size(encoded: bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
+def suffix_of(encoded: bytes) -> str:
+    """What the name of a file with this picture ends in, such as `.png`.
+
+    Raises:
+        MediaError: not a picture of a known format.
+    """
+    form = str(_open(encoded, MAX_PIXELS).format).lower()
+    return {"jpeg": ".jpg", "tiff": ".tif", "mpo": ".jpg"}.get(form, f".{form}")
+
+
 @dataclass(frozen=True, slots=True)
 class MediaRoot:
     """The directory (local or gs://) under which every media path must lie, and the bounds on what is read."""

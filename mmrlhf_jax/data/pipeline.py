@@ -123,8 +123,11 @@ def _items_of(row: int, group: Group, selection: Selection) -> list[Item]:
         return []
     if selection.pairing == "pairs":
         return [Item(row, (pair.chosen, pair.rejected)) for pair in group.pairs]
-    best = min(response.rank for response in group.responses)
-    return [Item(row, tuple(i for i, r in enumerate(group.responses) if selection.kept == "all" or r.rank == best))]
+    best = dict[str | None, int]()  # by question
+    for response in group.responses:
+        best[response.question] = min(response.rank, best.get(response.question, response.rank))
+    every = enumerate(group.responses)
+    return [Item(row, tuple(i for i, r in every if selection.kept == "all" or r.rank == best[r.question]))]
 
 
 def pair_weights(group: Group, item: Item, selection: Selection) -> np.ndarray:

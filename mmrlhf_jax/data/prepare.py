@@ -22,6 +22,8 @@ from etils import epath
 from mmrlhf_jax import storage
 from mmrlhf_jax.command import one_line, progress_line
 from mmrlhf_jax.data import video
+from mmrlhf_jax.data.cluster_sampling import Sample, Sampling, sample
+from mmrlhf_jax.data.cross_prompt import Crossing, cross_prompts
 from mmrlhf_jax.data.dataset import (
     FORMAT_VERSION,
     UPLOADING,
@@ -31,6 +33,7 @@ from mmrlhf_jax.data.dataset import (
     write_dataset,
 )
 from mmrlhf_jax.data.media import MAX_FRAMES, MAX_MEDIA_BYTES, MediaError, MediaRoot, read_media, verify_media
+from mmrlhf_jax.data.pair_choice import Pairs, choose_pairs
 from mmrlhf_jax.data.report import Report, rejected_from_json, rejected_to_json, report_of
 from mmrlhf_jax.data.sources import read_source
 from mmrlhf_jax.data.sources.pictures import PictureStore, is_embedded
@@ -40,6 +43,7 @@ from mmrlhf_jax.lease import beside, lease
 
 REJECTED_FILE = "rejected.jsonl"
 REPORT_FILE = "report.json"
+SAMPLE_FILE = "sample.jsonl"  # every group that was read, its cluster, and whether it was taken
 
 
 class PrepareError(ValueError):
@@ -58,6 +62,10 @@ class PrepareOptions:
     max_rejected   share of rejected rows (duplicates aside) above which nothing is prepared
     limit          only the first so many groups that are read; all rows are read, since those of a group may stand
                    anywhere
+    sampling       so many groups, evenly from clusters of their embeddings, see `cluster_sampling`
+    gap, pairs     which pairs stay, see `pair_choice`
+    crossing       pairs across questions about the same pictures, see `cross_prompt`
+                   With a gap or with pairs across questions, scores rank responses that have no ranks.
     """
 
     source: str
@@ -71,6 +79,10 @@ class PrepareOptions:
     video_frames: int = video.FRAMES
     max_rejected: float = 0.05
     limit: int | None = None
+    sampling: Sampling | None = None
+    gap: float | None = None
+    pairs: Pairs = "all"
+    crossing: Crossing | None = None
     workers: int = 4
     progress: bool = False
 
@@ -90,6 +102,8 @@ class _Sorting:
     groups: list[Group] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+    sample: Sample | None = None
 
     def reject(self, group: Group, reason: str) -> None:
         self.rejected += [Rejected(origin, reason) for origin in group.origins]
@@ -105,6 +119,8 @@ def prepare(options: PrepareOptions) -> Report:
     Raises:
         SourceError: the input cannot be read as asked.
         DatasetError: `output` holds something else, or was prepared from other inputs.
+        SamplingError: embeddings that do not fit the groups.
+        CrossPromptError: nothing can be compared across questions.
         PrepareError: too many rows are bad (they are listed in `output`/rejected.jsonl), or none is good.
         LeaseError: another job prepares `output`.
     """
@@ -127,16 +143,26 @@ def prepare(options: PrepareOptions) -> Report:
 
 def _prepare(options: PrepareOptions, output: epath.Path, metadata: dict[str, Any]) -> Report:
     sorting = _read(options)
+    _take_sample(sorting, options)
+    _choose_pairs(sorting, options)
     bytes_of = _prove_media(sorting, options)
+    if options.crossing is not None and sorting.groups:
+        sorting.groups, line = cross_prompts(sorting.groups, options.crossing)
+        sorting.stages.append(line)
     measured, over = _measure(sorting, options)
-    report = report_of(metadata["fingerprint"], sorting.groups, sorting.rejected, sorting.remarks, measured, over)
+    report = report_of(
+        metadata["fingerprint"], sorting.groups, sorting.rejected, sorting.remarks, measured, over, sorting.stages
+    )
     try:
         _check_share(report, options, output)
     except PrepareError:
         output.mkdir(parents=True, exist_ok=True)
         (output / REJECTED_FILE).write_text(rejected_to_json(report.rejected))
         raise
-    _write(output, sorting.groups, bytes_of, report, metadata, options)
+    beside = {REJECTED_FILE: rejected_to_json(report.rejected), REPORT_FILE: report.to_json()}
+    if sorting.sample is not None:
+        beside[SAMPLE_FILE] = sorting.sample.to_json()
+    _write(output, sorting.groups, bytes_of, beside, metadata, options)
     return report
 
 
@@ -157,18 +183,24 @@ def _metadata(options: PrepareOptions) -> dict[str, Any]:
         "max_frames": options.max_frames,
         "video_frames": options.video_frames,
     }
-    if options.limit is not None:  # otherwise unstated: datasets from before it existed stay what they are
-        stated["limit"] = options.limit
+    # Unstated unless asked for: datasets from before they existed stay what they are.
+    asked = {"limit": options.limit, "gap": options.gap, "pairs": None if options.pairs == "all" else options.pairs}
+    stated |= {name: value for name, value in asked.items() if value is not None}
+    if options.crossing is not None:
+        stated["crossing"] = [*dataclasses.astuple(options.crossing)]
+    if (drawn := options.sampling) is not None:
+        files = [_sha256(drawn.embeddings, "--embeddings"), _sha256(drawn.ids, "--embedding-ids")]
+        stated["sampling"] = [*files, drawn.count, drawn.clusters, drawn.seed]
     canonical = json.dumps(stated, sort_keys=True)
     return {**stated, "fingerprint": hashlib.sha256(canonical.encode()).hexdigest()}
 
 
-def _sha256(file: str) -> str:
+def _sha256(file: str, option: str = "--input") -> str:
     path = storage.to_path(file)
     if path.is_dir():
-        raise PrepareError(f"{file} is a directory: name the files in it as --input")
+        raise PrepareError(f"{file} is a directory: name the files in it as {option}")
     if not path.exists():
-        raise PrepareError(f"{file} does not exist: correct --input")
+        raise PrepareError(f"{file} does not exist: correct {option}")
     total = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(2**20):
@@ -224,7 +256,9 @@ def _check_share(report: Report, options: PrepareOptions, output: epath.Path) ->
 def _read(options: PrepareOptions) -> _Sorting:
     store = PictureStore(_waiting(epath.Path(options.output), "pictures"))
     sorting, left_out = _Sorting(), 0
-    for item in read_source(options.source, options.inputs, dataclasses.replace(options.source_options, store=store)):
+    by_score = options.gap is not None or options.crossing is not None
+    said = dataclasses.replace(options.source_options, store=store, by_score=by_score)
+    for item in read_source(options.source, options.inputs, said):
         match item:
             case Group() if options.limit is not None and len(sorting.groups) >= options.limit:
                 left_out += len(item.origins)
@@ -237,6 +271,22 @@ def _read(options: PrepareOptions) -> _Sorting:
     if left_out:
         sorting.remarks.append(Remark(f"--limit {options.limit}: rows of further groups are left out", left_out))
     return sorting
+
+
+def _take_sample(sorting: _Sorting, options: PrepareOptions) -> None:
+    if options.sampling is None:
+        return
+    found = sorting.sample = sample(sorting.groups, options.sampling)
+    left_out = [group for group, taken in zip(sorting.groups, found.taken, strict=True) if not taken]
+    sorting.groups = [group for group, taken in zip(sorting.groups, found.taken, strict=True) if taken]
+    rows = sum(len(group.origins) for group in left_out)
+    sorting.stages.append(f"{found.line(options.sampling)}; {rows} rows left out, see {SAMPLE_FILE}")
+
+
+def _choose_pairs(sorting: _Sorting, options: PrepareOptions) -> None:
+    sorting.groups, rejected, lines = choose_pairs(sorting.groups, options.gap, options.pairs)
+    sorting.rejected += rejected
+    sorting.stages += lines
 
 
 def _prove_media(sorting: _Sorting, options: PrepareOptions) -> dict[Media, int]:
@@ -331,16 +381,16 @@ def _write(
     output: epath.Path,
     groups: Sequence[Group],
     bytes_of: Mapping[Media, int],
-    report: Report,
+    beside: Mapping[str, str],
     metadata: dict[str, Any],
     options: PrepareOptions,
 ) -> None:
     """Write beside `output`, or in the temporary directory where `output` is remote, then give it its name."""
     if storage.is_remote(output):
         with tempfile.TemporaryDirectory(prefix="mmrlhf-prepare-") as folder:
-            upload_dataset(_write_files(epath.Path(folder), groups, bytes_of, report, metadata, options), output)
+            upload_dataset(_write_files(epath.Path(folder), groups, bytes_of, beside, metadata, options), output)
         return
-    whole = _write_files(_clear_aside(output), groups, bytes_of, report, metadata, options)
+    whole = _write_files(_clear_aside(output), groups, bytes_of, beside, metadata, options)
     if output.exists():
         output.rmtree()  # holds at most the list of an earlier refusal, see _find_done
     whole.rename(output)
@@ -351,11 +401,11 @@ def _write_files(
     directory: epath.Path,
     groups: Sequence[Group],
     bytes_of: Mapping[Media, int],
-    report: Report,
+    beside: Mapping[str, str],
     metadata: dict[str, Any],
     options: PrepareOptions,
 ) -> epath.Path:
-    """Write the dataset and its reports somewhere under `directory`; returns the folder that holds them."""
+    """Write the dataset and the texts `beside` it somewhere under `directory`; returns the folder that holds them."""
     with progress_line(total=len(groups), desc="writing", disable=not options.progress, unit="group") as bar:
 
         def load(group: Group) -> list[bytes]:
@@ -364,8 +414,8 @@ def _write_files(
 
         byte_counts = [sum(bytes_of[media] for media in group.media) for group in groups]
         whole = write_dataset(directory, groups, byte_counts, load, metadata, options.workers)
-    (whole / REJECTED_FILE).write_text(rejected_to_json(report.rejected))
-    (whole / REPORT_FILE).write_text(report.to_json())
+    for name, text in beside.items():
+        (whole / name).write_text(text)
     return whole
 
 

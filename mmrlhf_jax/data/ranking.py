@@ -6,12 +6,13 @@ the preference graph; whether they say exactly what the rows said is reported, n
 
 from __future__ import annotations
 
+import dataclasses
 import graphlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmrlhf_jax.groups import Origin
+from mmrlhf_jax.groups import Origin, Pair, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +91,19 @@ def _origins_on(cycle: Sequence[int], tied: list[int], preferences: Sequence[Pre
     """Rows between neighbours on the cycle, and the ties within a class on it."""
     steps = set(itertools.pairwise(cycle)) | {(node, node) for node in cycle}
     return [p.origin for p in preferences if (tied[p.chosen], tied[p.rejected]) in steps]
+
+
+def by_score(responses: Sequence[Response]) -> tuple[list[Response], tuple[Pair, ...]]:
+    """Responses best first and ranked by their scores, and the pairs of different rank. Equal scores share a rank and
+    keep their order.
+
+    Raises:
+        ValueError: a response has no score.
+    """
+    scores = [response.score for response in responses if response.score is not None]
+    if len(scores) < len(responses):
+        raise ValueError(f"{len(responses) - len(scores)} of {len(responses)} responses have no score")
+    levels = sorted(set(scores), reverse=True)
+    order = sorted(range(len(responses)), key=lambda i: -scores[i])
+    ranked = [dataclasses.replace(responses[i], rank=levels.index(scores[i])) for i in order]
+    return ranked, tuple(Pair(i, j) for i, j in pairs_of([response.rank for response in ranked]))

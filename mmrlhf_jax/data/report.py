@@ -48,6 +48,7 @@ class Report:
     over_max_tokens     groups rejected for their length
     margins             min, median and max margin of the pairs that have one
     buckets             lines on the static shapes that would hold them
+    stages              lines on what was built of the rows, or left out of them, because an option says so
     """
 
     fingerprint: str
@@ -71,6 +72,7 @@ class Report:
     margins: tuple[float, ...] = ()
     negative_margins: int = 0
     reasons: int = 0
+    stages: tuple[str, ...] = ()
     reused: bool = False
 
     @property
@@ -96,6 +98,7 @@ class Report:
         fields["responses"] = {int(k): n for k, n in fields["responses"].items()}
         fields["lengths"] = {name: Spread(**spread) for name, spread in fields["lengths"].items()}
         fields["buckets"], fields["margins"] = tuple(fields["buckets"]), tuple(fields["margins"])
+        fields["stages"] = tuple(fields.get("stages", ()))
         fields["remarks"] = tuple(Remark(**remark) for remark in fields["remarks"])
         return cls(**fields, rejected=tuple(rejected), reused=True)
 
@@ -121,6 +124,7 @@ class Report:
         lines += [
             f"{name:<10} min {s.min}, median {s.median}, p90 {s.p90}, max {s.max}" for name, s in self.lengths.items()
         ]
+        lines += [f"stage      {one_line(stage)}" for stage in self.stages]
         lines += [f"bucket     {bucket}" for bucket in self.buckets]
         if self.lengths:
             lines.append(f"too long   {self.over_max_tokens} groups over --max-tokens")
@@ -138,6 +142,7 @@ def report_of(
     remarks: Sequence[Remark],
     measured: Sequence[Lengths],
     over_max_tokens: int,
+    stages: Sequence[str] = (),
 ) -> Report:
     """Count `groups`; `measured` are the lengths of every group that could be measured."""
     ranks = [tuple(response.rank for response in group.responses) for group in groups]
@@ -171,6 +176,7 @@ def report_of(
         negative_margins=sum(margin < 0 for margin in margins),
         rejected=tuple(rejected),
         remarks=tuple(remarks),
+        stages=tuple(stages),
     )
 
 

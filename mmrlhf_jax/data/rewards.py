@@ -96,7 +96,8 @@ def cut_short(rewards: Iterable[GroupReward]) -> tuple[int, int]:
 
 def write_readable(store: AnnotationStore, dataset: PreparedDataset) -> None:
     """The store's rewards.jsonl: a line a group with its id and, of each response in the order of the dataset, text,
-    rank (0 is the best), score, the score behind each critique, the critiques, and whether each was `ended`."""
+    rank (0 is the best), score, the score behind each critique, the critiques, whether each was `ended`, and the
+    question where it is the response's own."""
     rewards = read_rewards(store, dataset)
     lines = []
     for row, group in enumerate(dataset.groups()):
@@ -111,6 +112,7 @@ def write_readable(store: AnnotationStore, dataset: PreparedDataset) -> None:
                 "scores": reward.scores[k].tolist(),
                 "critiques": list(reward.critiques[k]),
                 "ended": reward.ended[k].tolist(),
+                **({} if r.question is None else {"question": r.question}),
             }
             for k, r in enumerate(group.responses)
         ]

@@ -120,9 +120,19 @@ def without_responses(group: Group) -> Group:
 
 
 def dataset_prompts(dataset: Dataset) -> Prompts:
-    """The prompts of a prepared dataset, or of a mixture, row by row; its responses are not looked at."""
-    groups = tuple(without_responses(group) for group in dataset.groups())
-    return Prompts(dataset, "row", tuple(range(len(groups))), groups)
+    """The prompts of a prepared dataset, or of a mixture, row by row; its responses are not looked at.
+
+    Raises:
+        ValueError: a group answers several questions.
+    """
+    groups = []
+    for row, group in enumerate(dataset.groups()):
+        if not group.one_prompt:
+            raise ValueError(
+                f"{dataset.path} row {row} holds answers to several questions: prepare without --cross-prompt"
+            )
+        groups.append(without_responses(group))
+    return Prompts(dataset, "row", tuple(range(len(groups))), tuple(groups))
 
 
 def read_prompts(

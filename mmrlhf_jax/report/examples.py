@@ -169,12 +169,13 @@ def _group(scored: Judged, group: Group, row: int) -> Markup:
 def _response(group: Group, reward: GroupReward, k: int) -> Markup:
     response, critiques = group.responses[k], [text for text in reward.critiques[k] if text]
     more = f"The first of {len(critiques)}; the score is their mean." if len(critiques) > 1 else None
+    asked = element("p", _plain(response.question), class_="remark") if response.question is not None else None
     human = details("the annotator's", element("p", _plain(response.reason))) if response.reason else None
     return element(
         "tr",
         element("td", f"{reward.score[k]:.2f}".replace("-", MINUS), class_="number"),
         element("td", str(response.rank + 1), class_="number"),
-        element("td", _plain(response.text), dir="auto"),
+        element("td", asked, _plain(response.text), dir="auto"),
         element(
             "td",
             [_plain(text) for text in critiques[:1]] or element("span", "none", class_="quiet"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import subprocess
@@ -18,9 +19,11 @@ from etils import epath
 from mmrlhf_jax import storage
 from mmrlhf_jax.data import dataset as dataset_module
 from mmrlhf_jax.data.annotations import AnnotationError, AnnotationStore, find
+from mmrlhf_jax.data.cluster_sampling import Sampling
 from mmrlhf_jax.data.dataset import DatasetError
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.prepare import PrepareError, PrepareOptions, prepare
+from mmrlhf_jax.data.write_back import write_back
 from mmrlhf_jax.storage import StorageError
 
 ROWS = [
@@ -281,3 +284,31 @@ def test_a_path_nothing_can_read_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         StorageError, match=r"gs://b/x needs a package that is not installed: pip install 'mmrlhf-jax\[gcs\]'"
     ):
         storage.to_path("gs://b/x")
+
+
+@pytest.mark.parametrize("form", ["trl", "sharegpt"])
+def test_rows_are_written_to_a_bucket_and_read_from_it(options: Any, gs: str, tmp_path: Path, form: Any) -> None:
+    lines = [ROWS[0], ROWS[1], ROWS[3]]
+    prepare(options(lines))
+    dataset, output = open_dataset(options(lines).output), f"{gs}/rows"
+    assert not write_back(dataset, form, output).reused
+    assert write_back(dataset, form, output).reused
+    assert ".uploading" not in names(output)
+    file = "train.parquet" if form == "trl" else "preferences.jsonl"
+    media = None if form == "trl" else output
+    again = options([], source=form, inputs=(f"{output}/{file}",), media=media, output=str(tmp_path / "again"))
+    report = prepare(again)
+    assert (report.pairs, report.rejected) == (3, ())
+    for number, group in enumerate(open_dataset(str(tmp_path / "again")).groups()):
+        assert [m.sha256 for m in group.media] == [m.sha256 for m in dataset.group(number).media]
+
+
+def test_embeddings_may_be_in_a_bucket(options: Any, gs: str) -> None:
+    array = io.BytesIO()
+    np.save(array, np.array([0, 0, 0, 1]))
+    (epath.Path(gs) / "e.npy").write_bytes(array.getvalue())
+    (epath.Path(gs) / "ids.txt").write_text("q\nseveral\nclip\ntext\n")
+    given = options(ROWS, sampling=Sampling(f"{gs}/e.npy", f"{gs}/ids.txt", 2))
+    assert prepare(given).groups == 2
+    assert "text" in [group.id for group in open_dataset(given.output).groups()]
+    assert len((epath.Path(given.output) / "sample.jsonl").read_text().splitlines()) == 4

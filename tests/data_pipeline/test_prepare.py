@@ -317,6 +317,14 @@ def test_help_shows_every_default() -> None:
         "model",
         "map",
         "margin-column",
+        "sample",
+        "embeddings",
+        "embedding-ids",
+        "clusters",
+        "seed",
+        "gap",
+        "pairs",
+        "cross-prompt",
         "max-tokens",
         "max-frames",
         "video-frames",
@@ -326,7 +334,7 @@ def test_help_shows_every_default() -> None:
     )
     for name in names:
         assert f"--{name}" in shown
-    assert shown.count("(default:") == 11
+    assert shown.count("(default:") == 19
 
 
 def test_a_mapped_file_is_prepared_with_its_options(options: Any) -> None:

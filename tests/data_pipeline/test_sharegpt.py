@@ -11,10 +11,9 @@ from data_samples import SHARED, embedded, picture, sorted_out, write_parquet, w
 from etils import epath
 
 from mmrlhf_jax.data.sources import read_source
-from mmrlhf_jax.data.sources.conversation import MOVED
+from mmrlhf_jax.data.sources.conversation import EARLIER_TURNS, MOVED
 from mmrlhf_jax.data.sources.pictures import PictureStore
 from mmrlhf_jax.data.sources.rows import SourceError, SourceOptions
-from mmrlhf_jax.data.sources.sharegpt import EARLIER_TURNS
 from mmrlhf_jax.groups import Media, Pair, Turn
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mmrlhf_jax.data.sources import mapped, mm_rlhf, rlhf_v, sharegpt, trl
+from mmrlhf_jax.data.sources import mapped, mm_rlhf, ms_swift, rlhf_v, sharegpt, trl, vlfeedback
 from mmrlhf_jax.data.sources.rows import Item, Source, SourceError, SourceOptions
 
 SOURCES: dict[str, Source] = {
     "mm_rlhf": mm_rlhf.read,
     "trl": trl.read,
     "sharegpt": sharegpt.read,
+    "ms_swift": ms_swift.read,
     "rlhf_v": rlhf_v.read,
+    "vlfeedback": vlfeedback.read,
     "mapped": mapped.read,
 }
 

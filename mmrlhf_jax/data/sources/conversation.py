@@ -19,6 +19,7 @@ from mmrlhf_jax.groups import Media, Turn
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 MOVED = "a picture or video written after text of its turn; it comes before the text, as chat templates write it"
+EARLIER_TURNS = "earlier answers of the conversation are prompt: only the last one is trained on"
 
 _MARKER = re.compile(r"<(image|video)>\n?")
 _OPENING = re.compile(r"(?:\s*<(?:image|video)>)*")

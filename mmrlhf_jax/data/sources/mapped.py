@@ -7,7 +7,7 @@ Targets: `prompt` and `responses` (needed), `id`, `image`, `video`, and for each
 - a list of objects: `text`, `rank`, `score`, `reason` are looked up inside each response; a path that starts with
   `/` is looked up from the row's top instead.
 `rank` is numbers (1 = best, equal = tied) or a rank string `[1>2=3>4]` of positions counted from 1. Without `rank`
-no response is preferred to another.
+no response is preferred to another, unless `SourceOptions.by_score` has the scores say it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmrlhf_jax.data.ranking import pairs_of
-from mmrlhf_jax.data.sources.pictures import Store, media_of
+from mmrlhf_jax.data.ranking import by_score, pairs_of
+from mmrlhf_jax.data.sources.pictures import media_of
 from mmrlhf_jax.data.sources.rows import (
     MAX_RESPONSES,
     Item,
@@ -64,7 +64,7 @@ def read(files: Sequence[str], options: SourceOptions) -> Iterator[Item]:
             _check_first(row, mapping)
             first = False
         try:
-            group = _group(row, mapping, options.store)
+            group = _group(row, mapping, options)
         except RowError as error:
             yield Rejected(row.origin, str(error))
             continue
@@ -101,20 +101,29 @@ def _check_first(row: Row, mapping: Mapping[str, str]) -> None:
         return  # the row is bad in itself; it is rejected like any other
 
 
-def _group(row: Row, mapping: Mapping[str, str], store: Store | None) -> Group:
+def _group(row: Row, mapping: Mapping[str, str], options: SourceOptions) -> Group:
     found = _fields(row, mapping)
-    media = media_of(found.get("image"), found.get("video"), store)
-    responses = _merge(_responses(found["responses"], found))
-    order = sorted(range(len(responses)), key=lambda i: responses[i].rank)
-    responses = [responses[i] for i in order]
+    media = media_of(found.get("image"), found.get("video"), options.store)
+    responses, pairs = _ranked(_merge(_responses(found["responses"], found)), options.by_score and "rank" not in found)
     return Group(
         id=id_of(found["id"], "id") if "id" in found else str(row.origin),
         prompt=(Turn("user", prompt_of(found["prompt"], media, "prompt")),),
         media=media,
         responses=tuple(responses),
-        pairs=tuple(Pair(i, j) for i, j in pairs_of([response.rank for response in responses])),
+        pairs=pairs,
         origins=(row.origin,),
     )
+
+
+def _ranked(responses: list[Response], scores_rank: bool) -> tuple[list[Response], tuple[Pair, ...]]:
+    """Best first, and the pairs of different rank."""
+    if scores_rank:
+        try:
+            return by_score(responses)
+        except ValueError as error:
+            raise RowError(f"{error}, by which they are ranked") from error
+    ranked = sorted(responses, key=lambda response: response.rank)
+    return ranked, tuple(Pair(i, j) for i, j in pairs_of([response.rank for response in ranked]))
 
 
 def _fields(row: Row, mapping: Mapping[str, str]) -> dict[str, Any]:

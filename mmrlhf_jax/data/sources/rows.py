@@ -71,11 +71,13 @@ class SourceOptions:
 
     mapping         target -> path in the row (`mapped`), or column (`sharegpt`)
     margin_column   column of pair margins (formats with a pair a row)
+    by_score        responses with scores and without ranks are ranked by their scores (`mapped`)
     store           takes the bytes of a picture that stands in a row; without it such rows are rejected
     """
 
     mapping: Mapping[str, str] = field(default_factory=dict)
     margin_column: str | None = None
+    by_score: bool = False
     store: Callable[[bytes], Media] | None = None
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 from mmrlhf_jax.data.sources.conversation import (
+    EARLIER_TURNS,
     ROLES,
     Message,
     Role,
@@ -47,7 +48,6 @@ TAGS = ("role_tag", "content_tag", "user_tag", "assistant_tag", "system_tag")
 TARGETS = (*COLUMNS, *TAGS)
 NOT_OPTIONAL = ("chosen", "rejected", "id")  # where --map names them; media and system may be absent from a row
 REFUSED = ("tools", "audios")
-EARLIER_TURNS = "earlier answers of the conversation are prompt: only the last one is trained on"
 
 _SPELLINGS: dict[Role, tuple[str, ...]] = {
     "user": ("human", "user"),

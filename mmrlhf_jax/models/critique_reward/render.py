@@ -11,14 +11,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from etils import epath
 
-from mmrlhf_jax.groups import Branch, Group, Lengths, Rendered, Turn
+from mmrlhf_jax.groups import Branch, Group, Lengths, Rendered, Response, Turn
 from mmrlhf_jax.models.critique_reward.config import (
     RELEASED_SHA256,
     RewardSettings,
@@ -31,7 +30,9 @@ from mmrlhf_jax.models.llava_onevision.render import (
     Decode,
     LlavaOnevisionRenderer,
     RenderOptions,
+    behind,
     load_renderer,
+    shared_length,
     where,
 )
 
@@ -92,40 +93,28 @@ class RewardRenderer:
 
     def _split(self, group: Group) -> tuple[np.ndarray, list[Branch]]:
         """The ids i32 that all conversations of the group begin with, and what follows in each."""
-        asked = [self._asked(group, response.text) for response in group.responses]
+        asked = [self._asked(group, response) for response in group.responses]
         said = [
             np.zeros(0, np.int32) if response.reason is None else self._said(group, response.reason)
             for response in group.responses
         ]
-        shared = _shared(asked)
+        shared = shared_length(asked)
         return asked[0][:shared], [
-            Branch(
-                np.concatenate([question[shared:], critique]),
-                np.concatenate([np.zeros(len(question) - shared), np.ones(len(critique))]).astype(np.float32),
-            )
-            for question, critique in zip(asked, said, strict=True)
+            behind(question[shared:], critique) for question, critique in zip(asked, said, strict=True)
         ]
 
-    def _asked(self, group: Group, answer: str) -> np.ndarray:
+    def _asked(self, group: Group, response: Response) -> np.ndarray:
         if not group.prompt or group.prompt[-1].role != "user":
             raise ValueError(f"{where(group)}: the prompt does not end with a user turn")
-        last = group.prompt[-1]
-        asked = Turn("user", fill(self.template, last.text, answer), last.media)
-        return self.policy.prompt_ids(dataclasses.replace(group, prompt=(*group.prompt[:-1], asked)))
+        *before, last = group.asked(response)
+        asked = Turn("user", fill(self.template, last.text, response.text), last.media)
+        return self.policy.prompt_ids(dataclasses.replace(group, prompt=(*before, asked)))
 
     def _said(self, group: Group, critique: str) -> np.ndarray:
         try:
             return self.policy.response_ids(critique)
         except ValueError as error:
             raise ValueError(f"{where(group)}: {error}") from error
-
-
-def _shared(sequences: Sequence[np.ndarray]) -> int:
-    """Length of the longest prefix that all sequences share and that leaves each at least one token."""
-    most = min(map(len, sequences)) - 1
-    stacked = np.stack([sequence[:most] for sequence in sequences])
-    differs = np.flatnonzero((stacked != stacked[0]).any(axis=0))
-    return int(differs[0]) if len(differs) else most
 
 
 def without_critiques(group: Group) -> Group:

@@ -100,17 +100,22 @@ class LlavaOnevisionRenderer:
         Raises ValueError, naming the group's origin, for a group that cannot be rendered; one that is merely too long
         for the decoder is measured.
         """
-        tiles, prompt, _, _ = self.with_pictures(group, self.prompt_ids(group))
-        return Lengths(tiles, len(prompt), tuple(len(ids) for ids in self._responses(group)))
+        ids, branches = self._split(group)
+        tiles, prompt, _, _ = self.with_pictures(group, ids)
+        tokens = tuple(len(branch.token) for branch in branches)
+        scored = tuple(int(np.count_nonzero(branch.loss_weight)) for branch in branches)
+        return Lengths(tiles, len(prompt), tokens, () if scored == tokens else scored)
 
     def render(self, group: Group, decode: Decode) -> Rendered:
         """A group as arrays; every token of a response is scored. `decode` turns encoded bytes into u8 RGB [H, W, 3].
 
+        Where responses have questions of their own, the prompt is what all conversations begin with, and a branch the
+        rest of its question, which is not scored, and the response.
+
         Raises ValueError, naming the group's origin, when prompt and longest response exceed the decoder's positions
         (nothing is ever cut), when media have not the sizes stated, and when the prompt does not end with a user turn.
         """
-        branches = [Branch(ids, np.ones(len(ids), np.float32)) for ids in self._responses(group)]
-        return self.assemble(group, self.prompt_ids(group), branches, decode)
+        return self.assemble(group, *self._split(group), decode)
 
     def assemble(self, group: Group, prompt: np.ndarray, branches: Sequence[Branch], decode: Decode) -> Rendered:
         """The group's pictures under `prompt` i32 [P] (one placeholder a picture), and `branches` behind it.
@@ -132,6 +137,18 @@ class LlavaOnevisionRenderer:
             tap_weight=tap_weight,
             branches=tuple(branches),
         )
+
+    def _split(self, group: Group) -> tuple[np.ndarray, list[Branch]]:
+        answers = self._responses(group)
+        if group.one_prompt:
+            return self.prompt_ids(group), [Branch(ids, np.ones(len(ids), np.float32)) for ids in answers]
+        asked = [
+            self.prompt_ids(dataclasses.replace(group, prompt=group.asked(response))) for response in group.responses
+        ]
+        shared = shared_length(asked)
+        return asked[0][:shared], [
+            behind(question[shared:], answer) for question, answer in zip(asked, answers, strict=True)
+        ]
 
     def prompt_ids(self, group: Group) -> np.ndarray:
         """Ids i32 of the conversation and the opening of its answer, a picture or video being one placeholder.
@@ -245,6 +262,20 @@ class LlavaOnevisionRenderer:
                 layout = image_layout(*media.sizes[0], self.config)
                 tiles.append(image_tiles(_decoded(group, media, 0, decode), layout, self.config))
         return np.concatenate(tiles)
+
+
+def shared_length(sequences: Sequence[np.ndarray]) -> int:
+    """Length of the longest prefix that all sequences share and that leaves each at least one token."""
+    most = min(map(len, sequences)) - 1
+    stacked = np.stack([sequence[:most] for sequence in sequences])
+    differs = np.flatnonzero((stacked != stacked[0]).any(axis=0))
+    return int(differs[0]) if len(differs) else most
+
+
+def behind(asked: np.ndarray, scored: np.ndarray) -> Branch:
+    """A branch of ids that are not scored, and of ids that are."""
+    weight = np.concatenate([np.zeros(len(asked)), np.ones(len(scored))]).astype(np.float32)
+    return Branch(np.concatenate([asked, scored]), weight)
 
 
 def load_renderer(directory: str, options: RenderOptions | None = None) -> LlavaOnevisionRenderer:
