@@ -27,7 +27,6 @@ from unittest import mock
 HANG_SECONDS, MEMORY_BYTES = 5.0, 2 * 2**30  # seconds of this process: what else the machine does is not counted
 WAIT_SECONDS = 30.0  # on the clock, where a case waits and works nothing, as for the child that renders templates
 REFUSALS = (ValueError, OSError)  # what command.py shows as one message
-TRACED = 10  # every how many executions lines are counted, which takes twice as long
 LINES = "FUZZ_MODELS_LINES"  # names the file to which template_child.py notes its lines
 _CHILDREN = ("template_process.py", "template_child.py")
 _SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # cases live for milliseconds; disks take as long
@@ -37,13 +36,14 @@ _SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # cases live 
 class Reader:
     """`write(rng, directory)` makes a case there, `read(directory)` reads it as the programs do; a refusal is one of
     REFUSALS that names the case. `files`: {module file: functions whose lines are not counted}, for a reason that a
-    comment tells."""
+    comment tells. `traced`: every how many executions lines are counted, which takes up to twice as long."""
 
     name: str
     write: Callable[[Random, Path], None]
     read: Callable[[Path], Any]
     files: dict[str, tuple[str, ...]]
     names_case: bool = True
+    traced: int = 10
 
 
 @dataclass
@@ -146,7 +146,7 @@ def _execute(reader: Reader, case: Path, number: int, figures: Figures) -> None:
         signal.signal(signal.SIGALRM, _too_long)
         signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
     try:
-        with _watched(case) as watch, _lines(reader, figures.lines, number % TRACED == 0):
+        with _watched(case) as watch, _lines(reader, figures.lines, number % reader.traced == 0):
             reader.read(case)
         outcome = "read"
     except REFUSALS as error:
