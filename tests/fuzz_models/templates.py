@@ -42,7 +42,7 @@ MISFITS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ c.text }}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>other\n{% endif %}",
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{{ c.text }}{% endfor %}"
-    "{{ messages[-1].content[0].text | length }}<|im_end|>\n{% endfor %}"
+    "{% if m.role == 'assistant' %}{{ m.content[0].text | length }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     # not refused: every function that transformers gives to templates
     "{% set n = namespace(x=1) %}{% set n.x = 2 %}{% set d = dict.fromkeys(['a']) %}{{ dict(b=n.x) | tojson }}"
