@@ -120,12 +120,13 @@ def merge(params: Tree) -> Tree:
 
 
 def _merged(kernel: Adapted) -> jax.Array:
-    def add(kernel: Adapted) -> jax.Array:
-        base = kernel.base.astype(jnp.float32)
-        stacked = kernel.a.ndim + kernel.b.ndim - 2 > base.ndim  # both carry the layers axis
-        return base + kernel.scale * (jax.vmap(_outer) if stacked else _outer)(kernel.a, kernel.b)
+    return jax.jit(_sum, out_shardings=kernel.base.sharding)(kernel)  # compiled once for kernels of one shape
 
-    return jax.jit(add, out_shardings=kernel.base.sharding)(kernel)
+
+def _sum(kernel: Adapted) -> jax.Array:
+    base = kernel.base.astype(jnp.float32)
+    stacked = kernel.a.ndim + kernel.b.ndim - 2 > base.ndim  # both carry the layers axis
+    return base + kernel.scale * (jax.vmap(_outer) if stacked else _outer)(kernel.a, kernel.b)
 
 
 def _outer(a: jax.Array, b: jax.Array) -> jax.Array:

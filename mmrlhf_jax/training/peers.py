@@ -57,7 +57,7 @@ class Sign:
 
     count: int
     host: str
-    state: str  # running, done, failed
+    state: str  # running, done, failed; stuck: found that somebody is, see message
     place: Place
     message: str = ""
 
@@ -189,7 +189,7 @@ class Watch:
         self.moved: dict[int, float] = {}
         self.answered = time.monotonic()
         self.resumed = -math.inf
-        self.ended = threading.Event()
+        self.ended, self.news = threading.Event(), threading.Event()
 
     def start(self, connection: Any | None) -> None:
         """`connection`: to the coordinator; None where there are no others."""
@@ -203,7 +203,9 @@ class Watch:
                 sign = Sign(count, host, _here.state, _here.place, _here.message)
                 told = {self.me: sign} if connection is None else self._exchange(connection, sign)
                 self.note(told, time.monotonic())
-            if self.ended.wait(BEAT):
+            self.news.wait(BEAT)
+            self.news.clear()
+            if self.ended.is_set():
                 return
 
     def _exchange(self, connection: Any, sign: Sign) -> dict[int, Sign]:
@@ -233,9 +235,15 @@ class Watch:
                 if self.me in self.suspects():
                     faulthandler.dump_traceback()  # where each of its threads is
                 print(f"error: {verdict}; run the same command to go on", file=sys.stderr, flush=True)
-                if self.me == 0 and len(self.signs) > 1:
-                    time.sleep(1.5 * BEAT)  # the others see it too by then; with this process goes jax's coordinator
+                if len(self.signs) > 1 and self._live():
+                    _here.state, _here.message = "stuck", verdict
+                    self.news.set()
+                    time.sleep(BEAT + 2.0)  # until all have heard: their collectives break when this process goes
                 _exit(1)
+
+    def _live(self) -> bool:
+        """Whether all processes can still be told something."""
+        return all(self._since(self.heard[process], time.monotonic()) <= 3 * BEAT for process in self._running())
 
     def _since(self, moment: float, now: float) -> float:
         return now - max(moment, self.resumed)
@@ -250,6 +258,8 @@ class Watch:
         for process, sign in sorted(self.signs.items()):
             if process == self.me:
                 continue
+            if sign.state == "stuck":
+                return sign.message
             if sign.state == "failed" and now - self.moved[process] > ENDING:
                 return f"process {process} on {sign.host} ended with an error: {sign.message}"
             if sign.state == "running" and (silent := self._since(self.heard[process], now)) > SILENT:

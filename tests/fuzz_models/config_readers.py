@@ -12,7 +12,7 @@ from unittest import mock
 
 from etils import epath
 from fuzz_models.harness import Reader
-from fuzz_models.mutations import TEXTS, mutate_bytes, mutate_file
+from fuzz_models.mutations import TEXTS, dumps, mutate_bytes, mutate_file
 from fuzz_models.samples import document, file_of, twice, valid, weights_of, write_valid
 
 from mmrlhf_jax.models import files
@@ -77,8 +77,8 @@ def read_config_case(directory: Path) -> None:
 
 
 @cache
-def _original() -> tuple[Any, bytes, dict[str, bytes]]:
-    """config.json, model.safetensors and the tokenizer's files of the original layout."""
+def _original() -> tuple[Any, dict[str, Any], bytes, dict[str, bytes]]:
+    """config.json, header and data of model.safetensors, and the tokenizer's files of the original layout."""
     from original_layout import write_original
 
     with tempfile.TemporaryDirectory() as top:
@@ -88,7 +88,9 @@ def _original() -> tuple[Any, bytes, dict[str, bytes]]:
             (hf / name).write_bytes(data)
         files_of = {file.name: file.read_bytes() for file in write_original(hf, Path(top) / "out").iterdir()}
     tensors = files_of.pop("model.safetensors")
-    return json.loads(files_of.pop("config.json")), tensors, files_of
+    length = int.from_bytes(tensors[:8], "little")
+    header = json.loads(tensors[8 : 8 + length])
+    return json.loads(files_of.pop("config.json")), header, tensors[8 + length :], files_of
 
 
 _ODD_ORIGINAL = (
@@ -101,26 +103,37 @@ _ODD_ORIGINAL = (
 )  # fmt: skip
 
 
-def _rename(data: bytes, old: bytes, new: bytes) -> bytes:
-    """A file of tensors with one name changed to one as long."""
-    assert len(old) == len(new)
-    return data.replace(old, new, 1)
+def _odd_tensors(rng: Random, header: dict[str, Any]) -> dict[str, Any]:
+    """The names and shapes decide the tower and whether there is a head; a name that ends differently is another's."""
+    header = {name: dict(entry) for name, entry in header.items()}
+    patch = next(name for name in header if name.endswith("patch_embedding.weight"))
+    kind = rng.randrange(4)
+    if kind == 0:
+        header[f"{lmms_lab.REWARD_HEAD}dense.weight"] = header.pop("lm_head.weight")
+    elif kind == 1:
+        header[patch]["shape"] = rng.choice(([32, 3, 196, 1], [32, 3, 196], [32, 588], [588, 32, 1, 1]))
+    elif kind == 2:
+        gone = rng.choice(("patch_embedding.weight", "layers.0.mlp.fc1.weight", "layers.1.mlp.fc1.weight", "newline"))
+        name = next(name for name in header if name.endswith(gone))
+        header[name + "x"] = header.pop(name)
+    else:
+        name = next(name for name in header if name.endswith("layers.0.mlp.fc1.weight"))
+        header[name]["shape"] = rng.choice(([2048], [2048, 1], [32, 64], [1, 1, 2048]))
+    return header
 
 
 def write_original_case(rng: Random, directory: Path) -> None:
-    given, tensors, beside = _original()
-    if whole := rng.random() < 0.02:
-        for name, data in beside.items():
+    given, header, data, beside = _original()
+    if whole := rng.random() < 0.05:
+        for name, text in beside.items():
             if name == "tokenizer.json" and rng.random() < 0.2:
-                data = data.replace(b"<|im_end|>", b"<|no_end|>")
-            (directory / name).write_bytes(data)
+                text = text.replace(b"<|im_end|>", b"<|no_end|>")
+            (directory / name).write_bytes(text)
         (directory / "whole").touch()
-    if rng.random() < 0.1:
-        tower = rng.choice((b"patch_embedding.weight", b"layers.0.mlp.fc1.weight", b"layers.1.mlp.fc1.weight"))
-        tensors = _rename(tensors, tower, b"x" + tower[1:])
-    elif rng.random() < 0.05:
-        tensors = _rename(tensors, b"[32,3,14,14]", b"[32,3,196,1]")
-    (directory / "model.safetensors").write_bytes(tensors)
+    if rng.random() < 0.2:
+        header = _odd_tensors(rng, header)
+    named = dumps(header)
+    (directory / "model.safetensors").write_bytes(len(named).to_bytes(8, "little") + named + data)
     if rng.random() < 0.2:
         given = {**given, **rng.choice(_ODD_ORIGINAL)}
     mutate_file(rng, directory / "config.json", (lambda rng, given: given) if whole else twice, given)
@@ -171,7 +184,7 @@ READERS = (
         file_of(bounds): (),
         file_of(reward_config): ("write", "fill", "template_sha256"),  # they write, or are for texts of a template
     }),
-    Reader("original", write_original_case, read_original_case, {file_of(lmms_lab): ()}),
+    Reader("original", write_original_case, read_original_case, {file_of(lmms_lab): ()}, traced=2),
     Reader("name", write_name_case, read_name_case, {
         # all but `resolve`: they write, or are the reader "directory"
         file_of(weights): ("stored_dtypes", "load_params", "save_directory", "_write_whole", "_upload", "copy_assets",

@@ -16,7 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -27,7 +27,7 @@ from unittest import mock
 HANG_SECONDS, MEMORY_BYTES = 5.0, 2 * 2**30  # seconds of this process: what else the machine does is not counted
 WAIT_SECONDS = 30.0  # on the clock, where a case waits and works nothing, as for the child that renders templates
 REFUSALS = (ValueError, OSError)  # what command.py shows as one message
-TRACED = 10  # every how many executions lines are counted, which takes twice as long
+GUARDED, GUARD_SECONDS = 50, 600.0  # a thread each time, which takes as long as many a case
 LINES = "FUZZ_MODELS_LINES"  # names the file to which template_child.py notes its lines
 _CHILDREN = ("template_process.py", "template_child.py")
 _SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # cases live for milliseconds; disks take as long
@@ -37,13 +37,14 @@ _SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # cases live 
 class Reader:
     """`write(rng, directory)` makes a case there, `read(directory)` reads it as the programs do; a refusal is one of
     REFUSALS that names the case. `files`: {module file: functions whose lines are not counted}, for a reason that a
-    comment tells."""
+    comment tells. `traced`: every how many executions lines are counted, which takes up to twice as long."""
 
     name: str
     write: Callable[[Random, Path], None]
     read: Callable[[Path], Any]
     files: dict[str, tuple[str, ...]]
     names_case: bool = True
+    traced: int = 10
 
 
 @dataclass
@@ -113,13 +114,17 @@ def _fuzz(reader: Reader, executions: int, seed: int) -> Figures:
     top = Path(tempfile.mkdtemp(prefix="fuzz-models-"))
     (top / "outside").mkdir()
     (top / "outside" / "secret").write_text('{"model_type": "secret"}')
-    for number in range(executions):
-        case = top / "case"
-        shutil.rmtree(case, ignore_errors=True)
-        case.mkdir()
-        reader.write(Random(f"{reader.name} {seed} {number}"), case)
-        _execute(reader, case, number, figures)
-        figures.executions += 1
+    with suppress(KeyboardInterrupt):  # what was done until then is shown
+        for number in range(executions):
+            case = top / "case"
+            shutil.rmtree(case, ignore_errors=True)
+            case.mkdir()
+            reader.write(Random(f"{reader.name} {seed} {number}"), case)
+            if number % GUARDED == 0:  # hung inside a library in C, which no signal handler interrupts
+                faulthandler.dump_traceback_later(GUARD_SECONDS, exit=True)
+            _execute(reader, case, number, figures)
+            figures.executions += 1
+    faulthandler.cancel_dump_traceback_later()
     shutil.rmtree(top)
     if notes := os.environ.get(LINES):
         noted = Path(notes).read_text().splitlines() if os.path.exists(notes) else []
@@ -141,12 +146,11 @@ def _peak() -> int:
 def _execute(reader: Reader, case: Path, number: int, figures: Figures) -> None:
     main = threading.current_thread() is threading.main_thread()
     began, worked = time.monotonic(), time.process_time()
-    faulthandler.dump_traceback_later(60, exit=True)  # hung inside a library in C, which no signal handler interrupts
     if main:
         signal.signal(signal.SIGALRM, _too_long)
         signal.setitimer(signal.ITIMER_REAL, WAIT_SECONDS)
     try:
-        with _watched(case) as watch, _lines(reader, figures.lines, number % TRACED == 0):
+        with _watched(case) as watch, _lines(reader, figures.lines, number % reader.traced == 0):
             reader.read(case)
         outcome = "read"
     except REFUSALS as error:
@@ -159,7 +163,6 @@ def _execute(reader: Reader, case: Path, number: int, figures: Figures) -> None:
         outcome = f"CRASH {type(error).__name__}: {str(error)[:200]}"
         figures.failures.append(f"case {number}: {outcome}\n{''.join(traceback.format_tb(error.__traceback__)[-3:])}")
     finally:
-        faulthandler.cancel_dump_traceback_later()
         if main:
             signal.setitimer(signal.ITIMER_REAL, 0)
     worked = time.process_time() - worked

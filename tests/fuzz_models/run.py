@@ -4,13 +4,15 @@
 
 Prints for each reader its executions, the distinct outcomes with counts, the slowest, peak memory and line coverage.
 Exit 1 where anything but a declared refusal came out, for a case over 5 s of work or 30 s on the clock, 2 GB, a file
-opened outside the case's directory, a connection, a process or a pickle.
+opened outside the case's directory, a connection, a process or a pickle. Ended early (Ctrl-C, SIGTERM), it prints what
+it has.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +50,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.reader != "all":
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         with tempfile.TemporaryDirectory() as aside:
             os.environ[LINES] = f"{aside}/lines"
             figures = fuzz(READERS[arguments.reader], arguments.executions, arguments.seed)

@@ -52,16 +52,30 @@ _SETTINGS = (
     {"extra_special_tokens": [f"<{n}>" for n in range(8_200)]}, {"added_tokens_decoder": 7},
     {"extra_special_tokens": [f"<{n}>" for n in range(8_190)]},
 )  # fmt: skip
-_MODELS = ({"type": "Unigram"}, {"dropout": 0.5}, {"type": "WordPiece"}, {"merges": [["a", "b"]]}, {"vocab": {}})
+_MODELS = (
+    {"type": "Unigram"}, {"dropout": 0.5}, {"type": "WordPiece"}, {"merges": [["a", "b"]]}, {"vocab": {}},
+    # tokenizers 0.23 cuts so many bytes off the second of a pair, which has fewer, and panics
+    {"continuing_subword_prefix": "####", "merges": [["a", "b"]]},
+    {"continuing_subword_prefix": "\u00e9", "merges": ["a b"]},
+)  # fmt: skip
+_PATTERNS: tuple[Any, ...] = (
+    *({"Regex": expression} for expression in tokenizer._EXPRESSIONS), {"Regex": "(a+)+$"}, {"Regex": 7},
+    {"Regex": tokenizer._EXPRESSIONS[0], "String": "a"}, {"String": "a"}, {}, [], None, tokenizer._EXPRESSIONS[0],
+)  # fmt: skip
 _ADDED = ({"content": ""}, {"content": "x" * 600}, {"content": 7}, {"id": 2**40}, {"id": -1})
 
 
 def _odd_tokenizer(rng: Random, given: Any) -> None:
-    kind = rng.randrange(4)
+    kind = rng.randrange(5)
     if kind == 0:
         given["model"] = {**given["model"], **rng.choice(_MODELS)} if rng.random() < 0.8 else rng.choice(([], 7, "BPE"))
     elif kind == 1:
         given["added_tokens"][0] = {**given["added_tokens"][0], **rng.choice(_ADDED)}
+    elif kind == 2:  # as Qwen2's own file has it
+        split = {"type": "Split", "pattern": rng.choice(_PATTERNS), "behavior": "Isolated", "invert": False}
+        bytes_of = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        both = {"type": "Sequence", "pretokenizers": [split, bytes_of]}
+        given["pre_tokenizer"] = both if rng.random() < 0.7 else split
     else:
         given[rng.choice(("normalizer", "pre_tokenizer", "post_processor", "decoder"))] = rng.choice(_PARTS)
 
@@ -165,5 +179,5 @@ READERS = (
     Reader("template", write_template_case, read_template_case, {
         file_of(chat): (),
         file_of(template_process): ("_forget",),  # runs where the process forks, whatever is read
-    }),
+    }, traced=1),
 )  # fmt: skip

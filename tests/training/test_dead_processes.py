@@ -1,6 +1,7 @@
 """Two virtual hosts, one of which dies, hangs, is stuck or fails: the other ends within a minute and says what
 happened. Hosts that share a run have one lease and one view of its checkpoints."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -71,7 +72,10 @@ def test_a_host_that_dies_or_hangs_ends_the_other_within_a_minute(small_world, t
 
 
 def descendants(pid):
-    children = [int(n) for task in Path(f"/proc/{pid}/task").iterdir() for n in (task / "children").read_text().split()]
+    children = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            children += [int(number) for number in (task / "children").read_text().split()]
     return children + [below for child in children for below in descendants(child)]
 
 
@@ -84,20 +88,20 @@ def test_a_host_that_is_stuck_in_a_step_is_named_within_a_minute(small_world, tm
     while len(metrics(tmp_path / "run")) < 20:  # by now it is known how long a step takes
         assert all(host.process.poll() is None for host in hosts), [host.printed() for host in hosts]
         time.sleep(0.2)
-    began = time.monotonic()
     stopped = descendants(victim.process.pid)
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
     try:
-        codes = [host.process.wait(MINUTE - (time.monotonic() - began)) for host in hosts]
-        took = time.monotonic() - began
+        codes = [host.process.wait(2 * MINUTE) for host in hosts]
+        took = time.time() - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime  # what was loaded before still trains
     finally:
         print([host.printed()[-3000:] for host in hosts])
         bury(hosts)
         for pid in stopped:
-            if Path(f"/proc/{pid}").exists():
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     print(f"ended with {codes} after {took:.0f} s")
+    assert took < MINUTE
     assert 0 not in codes
     assert 75 not in codes
     named = rf"error: process {processes - 1} on {socket.gethostname()}, step \d+: waiting for data for \d+ s"

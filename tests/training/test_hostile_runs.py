@@ -117,6 +117,17 @@ def test_what_its_manifest_vouches_for_and_still_does_not_read_is_a_message(run:
     assert not (run / "damaged").exists()
 
 
+@pytest.mark.parametrize(
+    "text", ['{"metrics": [7]}', "[]", '{"commit_timestamp_nsecs": 1' + "0" * 40 + "}", "[" * 50_000 + "]" * 50_000]
+)
+def test_a_checkpoint_whose_own_metadata_are_none_is_named(run: Path, text: str) -> None:
+    """orbax reads those of all checkpoints before one is chosen."""
+    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text(text)
+    with pytest.raises(ValueError, match=r"checkpoints: _CHECKPOINT_METADATA of 1 is not what a run writes"):
+        resume(run)
+    assert not (run / "damaged").exists()
+
+
 def test_a_checkpoint_of_other_data_is_named_with_its_run(run: Path) -> None:
     with pytest.raises(ValueError, match=rf"{run}/checkpoints: checkpoint 2 was made with another plan"):
         resume(run, plan="other")

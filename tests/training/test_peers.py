@@ -88,6 +88,13 @@ def test_a_process_on_its_own_is_told_where_it_is():
     assert seen.verdict(45.0).startswith("process 0 on host-a, step 7: waiting for data for 45 s. It is stuck")
 
 
+def test_what_one_process_finds_the_others_say_too():
+    seen = watch(
+        (0.0, sign(1)), (5.0, sign(2, "stuck", message="process 1 on host-b, step 7: waiting for data for 36 s"))
+    )
+    assert seen.verdict(5.0) == "process 1 on host-b, step 7: waiting for data for 36 s"
+
+
 def test_the_wider_bound_of_any_process_counts():
     seen = together(Place(7, STEP, STALL), Place(7, "compiling", 3600.0), 3605)
     assert seen.verdict(3600.0) is None
