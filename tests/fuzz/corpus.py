@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import struct
 import zlib
@@ -253,6 +254,26 @@ def text_rows() -> dict[str, list[Any]]:
                 "margin": 2,
             },
         ],
+        "ms_swift": [
+            *_golden("ms_swift"),
+            {"query": "What?", "response": "good", "rejected_response": "bad", "margin": 1},
+        ],
+        "vlfeedback": [
+            *_golden("vlfeedback"),
+            {
+                "id": "a",
+                "prompt": "What?",
+                "img_path": "a.png",
+                "completions": [_rated("good", "5"), _rated("bad", 1.5)],
+            },
+            {
+                "id": "a",
+                "prompt": "What?",
+                "image": struct_of,
+                "completions": [_rated("good", "2"), _rated("good", "4")],
+            },
+            {"id": "a", "prompt": "What?", "img_path": "/unpacked/a.jpg", "completions": [_rated("good", "N/A")]},
+        ],
         "rlhf_v": [
             {"image": struct_of, "question": "What?", "chosen": "good", "rejected": "bad", "idx": 1},
             {
@@ -342,6 +363,17 @@ def text_rows() -> dict[str, list[Any]]:
             },
         ],
     }
+
+
+def _golden(name: str) -> list[Any]:
+    """Rows that the format's own program has read."""
+    rows = json.loads((Path(__file__).parents[1] / "data" / f"{name}_golden.json").read_text())["rows"]
+    return [each.get("row", each) for each in rows]
+
+
+def _rated(response: str, rating: Any) -> dict[str, Any]:
+    aspects = ("Helpfulness", "Visual Faithfulness", "Ethical Considerations")
+    return {"response": response, "annotations": {name: {"Rating": rating, "Rationale": "so"} for name in aspects}}
 
 
 def media_root(folder: Path) -> Path:

@@ -142,6 +142,8 @@ SOURCES: tuple[tuple[str, tuple[str, ...], tuple[SourceOptions, ...]], ...] = (
         ),
     ),
     ("rlhf_v", ("data/sources/rlhf_v",), (_PLAIN, _MARGIN)),
+    ("ms_swift", ("data/sources/ms_swift",), (_PLAIN, _PLAIN, _MARGIN)),
+    ("vlfeedback", ("data/sources/vlfeedback",), (_PLAIN,)),
     (
         "mapped",
         ("data/sources/mapped",),
@@ -151,6 +153,7 @@ SOURCES: tuple[tuple[str, tuple[str, ...], tuple[SourceOptions, ...]], ...] = (
             SourceOptions({**_MAP, "image": "pic"}),
             SourceOptions({**_MAP, "text": "t", "rank": "r", "score": "s"}),
             SourceOptions({**_MAP, "text": "t", "rank": "/r"}),
+            SourceOptions({**_MAP, "score": "s"}, by_score=True),
         ),
     ),
 )
