@@ -1,6 +1,6 @@
 """What reward heads with more than one output are trained by and read as: attributes, and quantiles of a reward.
 
-Pure functions of a head's outputs; the trainer's own heads have one output. Letters are D attributes, Q quantiles.
+Pure functions of a head's outputs. Letters are D attributes, Q quantiles.
 """
 
 from __future__ import annotations

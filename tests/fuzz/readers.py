@@ -449,6 +449,8 @@ _SOURCES = (
             SourceOptions(_MAP),
             SourceOptions({**_MAP, "image": "pic"}),
             SourceOptions({**_MAP, "text": "t", "rank": "r", "score": "s"}),
+            SourceOptions({**_MAP, "ratings": "by", "facts": "known"}),
+            SourceOptions({**_MAP, "text": "t", "ratings": "by", "facts": "known"}),
             SourceOptions({**_MAP, "text": "t", "rank": "/r"}),
         ),
     ),
