@@ -2,6 +2,7 @@
 
     python launch/annotate.py --dataset DATASET --model MODEL --with reference
     python launch/annotate.py --dataset DATASET --model REWARD_MODEL --with reward
+    python launch/annotate.py --dataset DATASET --with rule --rule FILE
 
 The same command again resumes. Exit codes: 0 done, 1 failed, 2 bad usage, 75 interrupted: run again.
 """
@@ -23,13 +24,16 @@ from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.rewards import REWARD, Critiques, cut_short, note_command, read_rewards, write_readable
+from mmrlhf_jax.data.rules import read_rule, write_scores_by_rule
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
 from mmrlhf_jax.inference.forward import ForwardConfig
+from mmrlhf_jax.inference.reading import ReadingConfig, key_of
 from mmrlhf_jax.inference.reference import write_reference_logps
 from mmrlhf_jax.inference.reward import RewardModel, Scoring, write_rewards
 from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.inference.watch import Watch
-from mmrlhf_jax.models.critique_reward.render import load_reward_renderer
+from mmrlhf_jax.lease import lease
+from mmrlhf_jax.models.critique_reward.render import load_reward_renderer, shows_facts
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_renderer
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
@@ -43,15 +47,18 @@ from mmrlhf_jax.training.runtime import set_up_jax, stop_signals
 
 @dataclass(frozen=True)
 class Arguments:
-    """Reference log-probs, or rewards, of every response under MODEL, stored beside DATASET, or beside each part of a
-    mixture. The same command again resumes."""
+    """Reference log-probs, or rewards, of every response under MODEL or by a rule, stored beside DATASET, or beside
+    each part of a mixture. The same command again resumes."""
 
     dataset: str
     """a directory made by launch/prepare.py, or a mixture file: of each of its parts the rows it takes"""
-    model: str
-    """a Hugging Face directory, a hub id, or a RUN; with reward: of a reward model"""
-    what: Annotated[Literal["reference", "reward"], tyro.conf.arg(name="with")]
-    """reference: per-token log-probs of every response; reward: a critique and a score of every response"""
+    what: Annotated[Literal["reference", "reward", "rule"], tyro.conf.arg(name="with")]
+    """reference: per-token log-probs of every response; reward: a critique and a score of every response; rule: a score
+    by --rule, read like those of a reward model"""
+    model: str = ""
+    """a Hugging Face directory, a hub id, or a RUN; with reward: of a reward model; with rule: none"""
+    rule: str = ""
+    """rule: the file that says which answers of a conversation go together (its format: mmrlhf_jax/data/rules.py)"""
     critiques: Critiques | None = None
     """reward: which critiques the scores are read behind. generated: the model's own (the default, of a model that
     writes any); human: the dataset's; none: without (the default of a scalar model)"""
@@ -69,12 +76,16 @@ class Arguments:
     forward: Annotated[ForwardConfig, tyro.conf.arg(name="")] = field(default_factory=ForwardConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """how critiques are generated; changes none of them"""
+    reading: Annotated[ReadingConfig, tyro.conf.arg(name="")] = field(default_factory=ReadingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments, prog="annotate.py")
     _check(arguments)
+    if arguments.what == "rule":
+        _by_rule(arguments)
+        return
     join_processes()
     set_up_jax(arguments.dtype)
     dataset = open_dataset(arguments.dataset)
@@ -93,11 +104,18 @@ def main() -> None:
 
 
 def _check(arguments: Arguments) -> None:
-    """Raises UsageError for options that the annotation asked for would not read."""
-    if arguments.what == "reward":
+    """Raises UsageError for options that the annotation asked for would not read, or that it lacks."""
+    by_rule = arguments.what == "rule"
+    if by_rule != bool(arguments.rule):
+        raise UsageError("--with rule needs --rule FILE" if by_rule else "--rule is for --with rule")
+    if by_rule and arguments != Arguments(arguments.dataset, "rule", rule=arguments.rule):
+        raise UsageError("--with rule reads --dataset and --rule alone: leave out the others")
+    if not by_rule and not arguments.model:
+        raise UsageError(f"--with {arguments.what} needs --model MODEL")
+    if arguments.what != "reference":
         return
-    bare = Arguments(arguments.dataset, arguments.model, "reference")
-    for name in ("critiques", "samples", "template", "sampling", "decode"):
+    bare = Arguments(arguments.dataset, "reference", arguments.model)
+    for name in ("critiques", "samples", "template", "sampling", "decode", "reading"):
         if getattr(arguments, name) != getattr(bare, name):
             raise UsageError(f"--{name} (or one of its fields) is for --with reward")
 
@@ -125,7 +143,12 @@ def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, st
     renderer = load_reward_renderer(str(model.assets), arguments.render, template=arguments.template)
     judge = RewardModel(model, renderer, mesh, compute)
     scoring = Scoring(
-        arguments.critiques, arguments.samples, arguments.sampling, arguments.forward, arguments.decode
+        arguments.critiques,
+        arguments.samples,
+        arguments.sampling,
+        arguments.forward,
+        arguments.decode,
+        arguments.reading,
     ).of(judge)
     generated = scoring.critiques == "generated"
     key = {
@@ -133,6 +156,8 @@ def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, st
         "critiques": scoring.critiques,
         "samples": scoring.samples,
         "sampling": dataclasses.asdict(scoring.sampling) if generated else None,
+        **key_of(scoring.head_reading(judge)),
+        **({"facts": True} if shows_facts(renderer) else {}),
     }
     for part, row_of in parts:
         rows, store = set(row_of.values()), _open(part, REWARD, key)
@@ -147,6 +172,19 @@ def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, st
         if generated:
             cut, critiques = cut_short(read_rewards(store, part).values())
             say(*[f"note: {cut} of {critiques} critiques were cut short: raise --max-new-tokens"] * bool(cut))
+
+
+def _by_rule(arguments: Arguments) -> None:
+    """Needs no device, and no other process."""
+    rule, name = read_rule(arguments.rule)
+    key = {"rule": name, "critiques": "none", "samples": 1, **({"facts": True} if rule.truth else {})}
+    for part, row_of in open_dataset(arguments.dataset).parts():
+        rows, store = set(row_of.values()), AnnotationStore.open(part.path, REWARD, key)
+        with lease(store.lease, str(store.directory)):
+            note_command(store, f"the rule {arguments.rule}", shlex.join(["python", *sys.argv]))
+            written = write_scores_by_rule(part, list(part.groups()), rows, rule, store)
+            write_readable(store, part)
+        _say(written, rows, store)
 
 
 def _open(part: PreparedDataset, kind: str, key: dict[str, Any]) -> AnnotationStore:

@@ -66,6 +66,7 @@ from mmrlhf_jax.evaluation.results import Benchmark, Columns, Measured, figures,
 from mmrlhf_jax.groups import Group
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
 from mmrlhf_jax.inference.forward import ForwardConfig, GroupList
+from mmrlhf_jax.inference.reading import ReadingConfig, key_of
 from mmrlhf_jax.inference.reward import RewardModel, Scoring, write_rewards
 from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.inference.watch import Watch
@@ -111,6 +112,7 @@ class Arguments:
     forward: Annotated[ForwardConfig, tyro.conf.arg(name="")] = field(default_factory=ForwardConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """how critiques are generated; changes none of them"""
+    reading: Annotated[ReadingConfig, tyro.conf.arg(name="")] = field(default_factory=ReadingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
@@ -270,6 +272,7 @@ def _settings_of_model(judge: RewardModel, scoring: Scoring) -> dict[str, Any]:
         "sampling": dataclasses.asdict(scoring.sampling) if generated else None,
         "model_fingerprint": model_fingerprint(judge.model.config, judge.model.params),
         "renderer_fingerprint": judge.renderer.fingerprint,
+        **key_of(scoring.head_reading(judge)),
     }
 
 
@@ -283,7 +286,12 @@ def _with_model(arguments: Arguments, benchmark: Benchmark, settings: dict[str, 
     rows, groups, places = ((), [], []) if there else _read_with_pictures(arguments, benchmark)
     judge = _judge(arguments)
     scoring = Scoring(
-        arguments.critiques, arguments.samples, arguments.sampling, arguments.forward, arguments.decode
+        arguments.critiques,
+        arguments.samples,
+        arguments.sampling,
+        arguments.forward,
+        arguments.decode,
+        arguments.reading,
     ).of(judge)
     settings |= _settings_of_model(judge, scoring)
     if there:

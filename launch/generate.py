@@ -49,10 +49,11 @@ from mmrlhf_jax.inference.answers import (
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
 from mmrlhf_jax.inference.forward import ForwardConfig
 from mmrlhf_jax.inference.prompts import Prompts, dataset_prompts, read_prompts
+from mmrlhf_jax.inference.reading import ReadingConfig, key_of, reading_of
 from mmrlhf_jax.inference.reward import RewardModel, Scoring
 from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.inference.watch import Watch
-from mmrlhf_jax.models.critique_reward.render import RewardRenderer, load_reward_renderer
+from mmrlhf_jax.models.critique_reward.render import AnyRewardRenderer, load_reward_renderer, shows_facts
 from mmrlhf_jax.models.families import read_config
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, RenderOptions, load_renderer
@@ -104,6 +105,7 @@ class Arguments:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     forward: ForwardConfig = field(default_factory=ForwardConfig)
     """how answers are scored without critiques"""
+    reading: Annotated[ReadingConfig, tyro.conf.arg(name="")] = field(default_factory=ReadingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
@@ -112,8 +114,10 @@ class Judging:
     """A reward model yet to be loaded, and what is asked of it."""
 
     name: str
-    renderer: RewardRenderer | LlavaOnevisionRenderer
+    renderer: AnyRewardRenderer
     scoring: Scoring
+    reading: dict[str, Any]
+    """what of it the scores depend on"""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def check(arguments: Arguments) -> None:
         raise UsageError(f"{arguments.samples} greedy answers are the same: set --temperature above 0")
     if arguments.reward is None:
         bare = Arguments(arguments.model, arguments.output)
-        for name in ("critiques", "critique_samples", "critique", "template", "forward"):
+        for name in ("critiques", "critique_samples", "critique", "template", "forward", "reading"):
             if getattr(arguments, name) != getattr(bare, name):
                 raise UsageError(f"--{name.replace('_', '-')} (or one of its fields) is for --reward")
 
@@ -229,11 +233,18 @@ def _assets(model: str, *, reward: bool) -> str:
 
 def _judging(arguments: Arguments, model: str) -> Judging:
     options = dataclasses.replace(arguments.render, system=None)
-    renderer = load_reward_renderer(_assets(model, reward=True), options, template=arguments.template)
+    assets = _assets(model, reward=True)
+    renderer = load_reward_renderer(assets, options, template=arguments.template)
     scoring = Scoring(
-        arguments.critiques, arguments.critique_samples, arguments.critique, arguments.forward, arguments.decode
+        arguments.critiques,
+        arguments.critique_samples,
+        arguments.critique,
+        arguments.forward,
+        arguments.decode,
+        arguments.reading,
     )
-    return Judging(model, renderer, scoring.rendered_by(renderer))
+    reading = key_of(reading_of(read_config(assets), arguments.reading))
+    return Judging(model, renderer, scoring.rendered_by(renderer), reading)
 
 
 def _prompts(arguments: Arguments, folder: str) -> Prompts:
@@ -285,7 +296,10 @@ def _settings(
             "rendering": judging.renderer.fingerprint,
             "critique_samples": judging.scoring.samples,
             "critique": dataclasses.asdict(judging.scoring.sampling) if generated else None,
+            **judging.reading,
         }
+        if shows_facts(judging.renderer):
+            reward["facts"] = prompts.fingerprint(facts=True)
     return {
         "prompts": prompts.fingerprint(),
         "samples": arguments.samples,

@@ -46,6 +46,9 @@ class GroupBatch:
     total_*           f32  []                    of the whole optimizer step: what losses are divided by
     changed           bool [N, K, S]             [j, s]: this token's response does not share it with response j; None
                                                  where no objective reads it
+    rating            f32  [B, K, A]             what each response was rated in each of A attributes; None as above
+    rating_mask       bool [B, K, A]             which of them were rated; None as above
+    total_ratings     f32  []                    of the whole optimizer step; None as above
     """
 
     tiles: Any
@@ -72,17 +75,21 @@ class GroupBatch:
     total_groups: Any
     total_ties: Any
     changed: Any = None
+    rating: Any = None
+    rating_mask: Any = None
+    total_ratings: Any = None
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over one optimizer step: pair weights, wins x scored tokens, scored tokens, groups, tie weights."""
+    """Sums over one optimizer step: pair weights, wins x scored tokens, scored tokens, groups, tie weights, ratings."""
 
     pairs: float
     chosen_tokens: float
     tokens: float
     groups: float
     ties: float = 0.0
+    ratings: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class Entry:
 
     pair_weight, pair_margin, tie_weight f32 [k, k] (ties None: there are none); rank i32 [k]; score f32 [k];
     reference: per response f32 [R], or None; changed: per response bool [k, R], [j, t] iff response j does not have its
-    token t, or None.
+    token t, or None; rating: f32 [k, A], NaN = not rated, or None.
     """
 
     row: int
@@ -103,6 +110,7 @@ class Entry:
     reference: tuple[np.ndarray, ...] | None = None
     tie_weight: np.ndarray | None = None
     changed: Sequence[np.ndarray] | None = None
+    rating: np.ndarray | None = None
 
 
 def pack(
@@ -116,18 +124,23 @@ def pack(
     pad_token: int = 0,
     separate: bool = False,
     changed: bool = False,
+    attributes: int = 0,
 ) -> GroupBatch:
     """Packs `entries` (None = filler) into numpy arrays of the bucket's shape.
 
     `responses` is K. With `separate` each of an entry's responses gets a row of its own (pairs mode, k = K = 2);
-    `changed` adds what every entry's `changed` says. Raises ValueError naming the dataset row when a group does not
-    fit: nothing is ever cut.
+    `changed` adds what every entry's `changed` says, `attributes` > 0 the ratings in so many. Raises ValueError naming
+    the dataset row when a group does not fit: nothing is ever cut.
     """
     rows_each = responses if separate else 1
     batch = _blank(len(entries), rows_each, bucket, responses, tile_size, pad_token, totals)
     if changed:
         nothing = np.zeros((len(batch.loss_weight), responses, bucket.response), bool)
         batch = dataclasses.replace(batch, changed=nothing)
+    if attributes:
+        blank = np.zeros((len(entries), responses, attributes), np.float32)
+        total = np.float32(totals.ratings)
+        batch = dataclasses.replace(batch, rating=blank, rating_mask=blank != 0, total_ratings=total)
     for b, entry in enumerate(entries):
         if entry is None:
             continue
@@ -142,6 +155,8 @@ def pack(
             batch.tie_weight[b, :k, :k] = entry.tie_weight
         batch.rank[b, :k] = entry.rank
         batch.score[b, :k] = entry.score
+        if attributes:
+            _rate(batch, b, entry, attributes)
         for i in range(rows_each):
             chosen = range(i, i + 1) if separate else range(k)
             _fill_row(batch, b * rows_each + i, entry, chosen, bucket, responses // rows_each, tokens_per_tile)
@@ -178,6 +193,15 @@ def _blank(
         total_groups=np.float32(totals.groups),
         total_ties=np.float32(totals.ties),
     )
+
+
+def _rate(batch: GroupBatch, b: int, entry: Entry, attributes: int) -> None:
+    k = len(entry.rendered.branches)
+    if entry.rating is None or entry.rating.shape != (k, attributes):
+        raise ValueError(f"row {entry.row}: nothing says what its {k} responses were rated in {attributes} attributes")
+    rated = ~np.isnan(entry.rating)
+    batch.rating[b, :k] = np.where(rated, entry.rating, 0)
+    batch.rating_mask[b, :k] = rated
 
 
 def _fill_row(

@@ -54,13 +54,15 @@ class Turn:
 @dataclass(frozen=True, slots=True)
 class Response:
     """One answer. Rank 0 is the best; tied responses share a rank. `question` is what it answers where a group's
-    responses answer several: it then stands for the text of the prompt's last turn."""
+    responses answer several: it then stands for the text of the prompt's last turn. `ratings` are (attribute, value),
+    by attribute: what somebody rated it in, each once; an attribute that is not among them was not rated."""
 
     text: str
     rank: int = 0
     score: float | None = None
     reason: str | None = None
     question: str | None = None
+    ratings: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,8 @@ class Pair:
 class Group:
     """One prompt and its ranked responses.
 
-    The media stand before the text of the first user turn, unless turns say how many stand before theirs.
+    The media stand before the text of the first user turn, unless turns say how many stand before theirs. `facts` are
+    texts about them (captions, options) that a reward model may be shown and a policy never is.
     """
 
     id: str
@@ -85,6 +88,7 @@ class Group:
     responses: tuple[Response, ...]
     pairs: tuple[Pair, ...]
     origins: tuple[Origin, ...]
+    facts: tuple[str, ...] = ()
 
     def media_before(self) -> tuple[int, ...]:
         """How many media stand before the text of each turn; they follow each other in the order of `media`."""
@@ -136,9 +140,9 @@ class Group:
         best, worst = self.responses[pair.chosen].score, self.responses[pair.rejected].score
         return None if best is None or worst is None else best - worst
 
-    def content_hash(self, *, reasons: bool = False) -> str:
+    def content_hash(self, *, reasons: bool = False, facts: bool = False) -> str:
         """sha256 of everything a log-probability depends on: prompt, pictures, response texts in order; with `reasons`
-        those too, for what is computed with the human critiques in view."""
+        or `facts` those too, for what is computed with the human critiques, or the facts, in view."""
         prompt: list[list[Any]] = [[turn.role, turn.text] for turn in self.prompt]
         if (counts := self.media_before()) != self._media_first():
             prompt = [[*turn, count] for turn, count in zip(prompt, counts, strict=True)]
@@ -146,6 +150,7 @@ class Group:
             "prompt": prompt,
             "media": [[media.kind, media.sha256] for media in self.media],
             "responses": [[r.text, r.reason] if reasons else r.text for r in self.responses],
+            **({"facts": self.facts} if facts else {}),
         }
         if not self.one_prompt:
             content["questions"] = [response.question for response in self.responses]
@@ -158,9 +163,10 @@ class Group:
         for turn in raw["prompt"]:
             if not turn["media"]:
                 del turn["media"]  # so that groups which do not need it are stored as they were before it existed
-        for response in raw["responses"]:
-            if response["question"] is None:
-                del response["question"]
+        for holder in (raw, *raw["responses"]):
+            for name in ("facts", "ratings", "question"):
+                if name in holder and holder[name] in (None, ()):
+                    del holder[name]
         return json.dumps(raw, ensure_ascii=True)
 
     @classmethod
@@ -174,10 +180,16 @@ class Group:
                 Media(kind=m["kind"], path=m["path"], sizes=tuple((w, h) for w, h in m["sizes"]), sha256=m["sha256"])
                 for m in raw["media"]
             ),
-            responses=tuple(Response(**response) for response in raw["responses"]),
+            responses=tuple(_response_of(response) for response in raw["responses"]),
             pairs=tuple(Pair(**pair) for pair in raw["pairs"]),
             origins=tuple(Origin(**origin) for origin in raw["origins"]),
+            facts=tuple(raw.get("facts", ())),
         )
+
+
+def _response_of(raw: dict[str, Any]) -> Response:
+    ratings = tuple((name, value) for name, value in raw.pop("ratings", ()))
+    return Response(**raw, ratings=ratings)
 
 
 @dataclass(frozen=True, slots=True)

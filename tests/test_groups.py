@@ -30,7 +30,12 @@ def test_media_stand_before_the_first_user_turn_unless_turns_say_otherwise() -> 
     assert dataclasses.replace(GROUP, media=()).media_before() == (0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("group", [GROUP, placed(0, 1, 0, 1)])
+RATED = dataclasses.replace(
+    GROUP, responses=(Response("x", ratings=(("brief", 0.5), ("kind", 2.0))), Response("y", 1)), facts=("A cat.",)
+)
+
+
+@pytest.mark.parametrize("group", [GROUP, placed(0, 1, 0, 1), RATED])
 def test_a_group_comes_back_from_json(group: Group) -> None:
     assert Group.from_json(group.to_json()) == group
 
@@ -44,6 +49,15 @@ def test_groups_that_say_nothing_are_stored_and_named_as_before_they_could() -> 
         "responses": ["x", "y"],
     }
     assert GROUP.content_hash() == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def test_ratings_and_facts_are_stored_where_there_are_some_and_change_no_log_prob() -> None:
+    assert not {"facts", "ratings"} & {name for part in (GROUP.to_json(),) for name in json.loads(part)}
+    assert all("ratings" not in response for response in json.loads(GROUP.to_json())["responses"])
+    bare = dataclasses.replace(RATED, facts=(), responses=(Response("x"), Response("y", 1)))
+    assert (
+        RATED.content_hash() == bare.content_hash() != RATED.content_hash(facts=True) != bare.content_hash(facts=True)
+    )
 
 
 def test_the_content_hash_knows_where_media_stand() -> None:

@@ -13,17 +13,18 @@ from tiny import TINY, random_params, write_tiny_directory
 from mmrlhf_jax.models.critique_reward.config import RewardSettings, read_template
 from mmrlhf_jax.models.critique_reward.model import LinearHead, TanhHead, with_head
 from mmrlhf_jax.models.critique_reward.weights import KEYS
+from mmrlhf_jax.models.families import reward_config
 from mmrlhf_jax.models.llava_onevision.weights import save_directory
 
 
-def random_head(kind: str, seed: int = 1) -> LinearHead | TanhHead:
+def random_head(kind: str, seed: int = 1, outputs: int = 1) -> LinearHead | TanhHead:
     """Of weights large enough that answers differ."""
     rng, d = np.random.default_rng(seed), TINY.decoder.embed
 
     def draw(*shape: int) -> np.ndarray:
         return rng.normal(0, 2 / np.sqrt(d), shape).astype(np.float32)
 
-    out, bias = draw(d, 1), draw(1)
+    out, bias = draw(d, outputs), draw(outputs)
     return LinearHead(out, bias) if kind == "linear" else TanhHead(draw(d, d), draw(d), out, bias)
 
 
@@ -33,7 +34,9 @@ def write_reward_model(path: Path, settings: RewardSettings | None = None, seed:
     assets = path.with_name(f"{path.name}-assets")
     write_tiny_directory(assets)
     settings.write(assets)
-    save_directory(with_head(random_params(seed=seed), random_head(settings.head)), assets, path, keys=KEYS)
+    outputs = reward_config(TINY, settings.head, settings.attributes, settings.quantiles).outputs
+    head = random_head(settings.head, outputs=outputs)
+    save_directory(with_head(random_params(seed=seed), head), assets, path, keys=KEYS)
     return path
 
 

@@ -210,7 +210,10 @@ def _group_of(record: bytes) -> Group:
     texts += [text for media in group.media for text in (media.path, media.sha256)]
     texts += [origin.file for origin in group.origins]
     texts += [text for each in group.responses for text in (each.reason, each.question) if text is not None]
+    ratings = [rating for response in group.responses for rating in response.ratings]
+    texts += [*group.facts, *(attribute for attribute, _ in ratings)]
     numbers = [response.score for response in group.responses] + [pair.margin for pair in group.pairs]
+    numbers += [value for _, value in ratings]
     places = [place for pair in group.pairs for place in (pair.chosen, pair.rejected)]
     counts = [response.rank for response in group.responses] + [turn.media for turn in group.prompt] + places
     counts += [side for media in group.media for size in media.sizes for side in size]
@@ -218,7 +221,9 @@ def _group_of(record: bytes) -> Group:
     if not all(isinstance(text, str) for text in texts) or not all(type(count) is int for count in counts):
         raise TypeError("a text or a number is none")
     if not all(number is None or math.isfinite(number) for number in numbers):
-        raise ValueError("a score or margin is not finite")
+        raise ValueError("a score, rating or margin is not finite")
+    if any(value is None for _, value in ratings):
+        raise ValueError("a rating of nothing")
     if not all(0 <= place < len(group.responses) for place in places) or min(counts, default=0) < 0:
         raise ValueError("a pair of responses that are not there")
     if any(turn.role not in ("system", "user", "assistant") for turn in group.prompt):

@@ -67,10 +67,16 @@ class Selection:
     """every response of a pair must have a score that counts visits"""
     changed: Segments | None = None
     """the rule by which tokens that two responses do not share are found; None: nothing reads them"""
+    attributes: tuple[str, ...] = ()
+    """attributes whose ratings are read: a group with one of them is of use where there is no pair"""
 
 
 class MissingMargin(ValueError):
     """A pair has no margin where the objective needs one."""
+
+
+class MissingRating(ValueError):
+    """No response is rated in an attribute that the objective reads."""
 
 
 class MissingVisits(ValueError):
@@ -83,13 +89,15 @@ def select(
     """The items of a dataset, or of its `rows` only. Raises MissingMargin naming rows and cure, ValueError when nothing
     is left."""
     items: list[Item] = []
-    tiles, prompt, response, pairs, chosen_tokens, tokens, ties = ([] for _ in range(7))
+    tiles, prompt, response, pairs, chosen_tokens, tokens, ties, ratings = ([] for _ in range(8))
     skipped = 0
     rows = range(len(groups)) if rows is None else rows
     if selection.margins:
         check_margins([groups[row] for row in rows])
     if selection.visits:
         check_visits([groups[row] for row in rows])
+    if selection.attributes:
+        check_ratings([groups[row] for row in rows], selection.attributes)
     for row in rows:
         group, length = groups[row], lengths[row]
         found = _items_of(row, group, selection)
@@ -106,12 +114,13 @@ def select(
             chosen_tokens.append((weight.sum(1) * scored).sum())
             tokens.append(scored.sum())
             ties.append(tie_weights(group, item, selection).sum())
+            ratings.append((~np.isnan(rating_of(group, item, selection.attributes))).sum())
     if not items:
         raise ValueError(f"none of {len(rows)} groups holds what this objective trains on")
     return Items(
         items=tuple(items),
         lengths=ItemLengths(*(np.array(x, np.int64) for x in (tiles, prompt, response))),
-        weights=ItemWeights(*(np.array(x, np.float64) for x in (pairs, chosen_tokens, tokens, ties))),
+        weights=ItemWeights(*(np.array(x, np.float64) for x in (pairs, chosen_tokens, tokens, ties, ratings))),
         responses=max(len(item.responses) for item in items),
         skipped=skipped,
     )
@@ -119,6 +128,7 @@ def select(
 
 def _items_of(row: int, group: Group, selection: Selection) -> list[Item]:
     of_use = bool(group.pairs) or (selection.critiques and any(r.reason is not None for r in group.responses))
+    of_use |= any(name in selection.attributes for r in group.responses for name, _ in r.ratings)
     if selection.preferences and not of_use:
         return []
     if selection.pairing == "pairs":
@@ -155,6 +165,31 @@ def tie_weights(group: Group, item: Item, selection: Selection) -> np.ndarray:
     if not listed or listed != set(pairs_of([response.rank for response in group.responses])):
         return np.zeros_like(weight)
     return weight / max(1.0, weight.sum()) if selection.mean == "groups" else weight
+
+
+def rating_of(group: Group, item: Item, attributes: Sequence[str]) -> np.ndarray:
+    """f32 [k, A]: what the item's responses were rated in each of `attributes`; NaN = not rated."""
+    rated = [dict(group.responses[i].ratings) for i in item.responses]
+    return np.array([[each.get(name, np.nan) for name in attributes] for each in rated], np.float32)
+
+
+def check_ratings(groups: Sequence[Group], attributes: Sequence[str]) -> None:
+    """Raises MissingRating for an attribute in which no response is rated."""
+    there = {name for group in groups for response in group.responses for name, _ in response.ratings}
+    if missing := [name for name in attributes if name not in there]:
+        known = f"they are rated in {', '.join(sorted(there))}" if there else "they have no ratings at all"
+        raise MissingRating(
+            f"no response of {len(groups)} groups is rated in {', '.join(missing)}; {known}. Correct "
+            "reward.attributes, or prepare with --source mapped --map ratings=FIELD, an object attribute -> number for "
+            "each response"
+        )
+
+
+def rated_share(groups: Sequence[Group], attributes: Sequence[str]) -> str:
+    """How many responses are rated in each attribute, for people."""
+    responses = [response for group in groups for response in group.responses]
+    counts = {name: sum(name in dict(response.ratings) for response in responses) for name in attributes}
+    return f"of {len(responses)} responses rated: " + ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def check_margins(groups: Sequence[Group]) -> None:
@@ -231,6 +266,7 @@ class Loader:
             tile_size=self.renderer.tile_size,
             separate=self.selection.pairing == "pairs",
             changed=self.selection.changed is not None,
+            attributes=len(self.selection.attributes),
         )
 
     def entry(self, item: Item) -> Entry:
@@ -258,6 +294,7 @@ class Loader:
             score=np.array([response.score or 0.0 for response in taken], np.float32),
             reference=self._reference(item, whole),
             changed=None if rule is None else self._changed(item, branches, rule),
+            rating=rating_of(group, item, self.selection.attributes) if self.selection.attributes else None,
         )
 
     def _changed(self, item: Item, branches: Sequence[Branch], rule: Segments) -> list[np.ndarray]:

@@ -38,6 +38,8 @@ class ItemWeights:
     chosen_tokens: np.ndarray
     tokens: np.ndarray
     ties: np.ndarray
+    ratings: np.ndarray | None = None
+    """None: nothing reads them"""
 
     def totals(self, items: Sequence[int]) -> Totals:
         chosen = np.asarray(items)
@@ -47,6 +49,7 @@ class ItemWeights:
             tokens=float(self.tokens[chosen].sum()),
             groups=float(len(chosen)),
             ties=float(self.ties[chosen].sum()),
+            ratings=0.0 if self.ratings is None else float(self.ratings[chosen].sum()),
         )
 
 

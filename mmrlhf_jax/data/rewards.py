@@ -67,16 +67,17 @@ class GroupReward:
         return cls(scores, critiques, ended)
 
 
-def content_of(group: Group, critiques: str) -> str:
-    """The hash of everything a reward depends on besides model and rendering: human critiques are part of it."""
-    return group.content_hash(reasons=critiques == "human")
+def content_of(group: Group, critiques: str, facts: bool = False) -> str:
+    """The hash of everything a reward depends on besides model and rendering: human critiques, and facts that were
+    shown, are part of it."""
+    return group.content_hash(reasons=critiques == "human", facts=facts)
 
 
 def read_rewards(store: AnnotationStore, dataset: Rows) -> dict[int, GroupReward]:
     """All rows of a store. Raises AnnotationError where a group has changed since, or a row is no reward."""
     if not isinstance(critiques := store.key.get("critiques"), str):
         raise AnnotationError(f"{store.directory}/key.json does not say which critiques: it is no store of rewards")
-    stored = store.read(dataset, lambda group: content_of(group, critiques))
+    stored = store.read(dataset, lambda group: content_of(group, critiques, bool(store.key.get("facts"))))
     rewards = {}
     for row, arrays in stored.items():
         try:

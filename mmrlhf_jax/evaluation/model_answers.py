@@ -36,7 +36,7 @@ from mmrlhf_jax.inference.engine import progress_bar
 from mmrlhf_jax.inference.prompts import Prompts, prove_prompts
 from mmrlhf_jax.inference.reward import RewardModel, Scoring
 from mmrlhf_jax.inference.watch import Watch
-from mmrlhf_jax.models.critique_reward.render import RewardRenderer, load_reward_renderer
+from mmrlhf_jax.models.critique_reward.render import AnyRewardRenderer, load_reward_renderer
 from mmrlhf_jax.models.families import read_config
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, load_renderer
@@ -124,7 +124,7 @@ def _assets(model: str, *, reward: bool) -> str:
     return str(assets)
 
 
-def _judging(arguments: AnswerArguments, reward: str) -> tuple[RewardRenderer | LlavaOnevisionRenderer, Scoring]:
+def _judging(arguments: AnswerArguments, reward: str) -> tuple[AnyRewardRenderer, Scoring]:
     options = dataclasses.replace(arguments.render, system=None)  # a reward model brings its own
     renderer = load_reward_renderer(_assets(reward, reward=True), options, template="")
     scoring = Scoring(arguments.critiques, sampling=arguments.critique, decode=arguments.decode)
@@ -152,7 +152,7 @@ def _settings(
     arguments: AnswerArguments,
     prompts: Prompts,
     renderer: LlavaOnevisionRenderer,
-    judging: tuple[RewardRenderer | LlavaOnevisionRenderer, Scoring] | None,
+    judging: tuple[AnyRewardRenderer, Scoring] | None,
 ) -> dict[str, Any]:
     """What the answers depend on, but for the models' weights, which are stated once they are loaded."""
     reward = None
@@ -188,7 +188,7 @@ def _write_answers(work: _Work, renderer: LlavaOnevisionRenderer) -> str:
     return fingerprint
 
 
-def _write_scores(work: _Work, renderer: RewardRenderer | LlavaOnevisionRenderer, scoring: Scoring) -> str:
+def _write_scores(work: _Work, renderer: AnyRewardRenderer, scoring: Scoring) -> str:
     """Returns the reward model's fingerprint, which earlier scores must share."""
     assert work.arguments.reward is not None
     model = load_model(work.arguments.reward, work.mesh, ShardingRules(), rates=INFERENCE)

@@ -86,9 +86,10 @@ class Prompts:
         origins = self.groups[index].origins
         return origins[0] if origins else Origin(self.path, self.places[index])
 
-    def fingerprint(self) -> str:
-        """sha256 over what is asked, under which names and in which order."""
-        asked = [[place, group.id, group.content_hash()] for place, group in zip(self.places, self.groups, strict=True)]
+    def fingerprint(self, *, facts: bool = False) -> str:
+        """sha256 over what is asked, under which names and in which order; with the prompts' facts where asked for."""
+        hashes = [group.content_hash(facts=facts) for group in self.groups]
+        asked = [[p, group.id, found] for p, group, found in zip(self.places, self.groups, hashes, strict=True)]
         return hashlib.sha256(json.dumps([self.unit, asked]).encode()).hexdigest()
 
 

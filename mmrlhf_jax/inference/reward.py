@@ -30,12 +30,18 @@ from mmrlhf_jax.groups import Group, Rendered
 from mmrlhf_jax.inference.engine import DecodeConfig, Report, Request, Samples, decode
 from mmrlhf_jax.inference.forward import FLUSH_SECONDS, Forward, ForwardConfig, GroupList, forward_everywhere
 from mmrlhf_jax.inference.generate import stop_tokens
+from mmrlhf_jax.inference.reading import HeadReading, ReadingConfig, reading_of
 from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.critique_reward.model import CritiqueReward, read_score, scores
-from mmrlhf_jax.models.critique_reward.render import RewardRenderer, without_critiques
+from mmrlhf_jax.models.critique_reward.render import (
+    AnyRewardRenderer,
+    RewardRenderer,
+    check_facts,
+    shows_facts,
+    without_critiques,
+)
 from mmrlhf_jax.models.llava_onevision.model import Compute
-from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer
 from mmrlhf_jax.training.distributed import is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
 
@@ -47,7 +53,7 @@ class RewardModel:
     """A reward model ready to score: parameters, renderer, and where and how it runs."""
 
     model: LoadedModel
-    renderer: RewardRenderer | LlavaOnevisionRenderer
+    renderer: AnyRewardRenderer
     mesh: Mesh
     compute: Compute
 
@@ -62,12 +68,18 @@ class Scoring:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     forward: ForwardConfig = dataclasses.field(default_factory=ForwardConfig)
     decode: DecodeConfig = dataclasses.field(default_factory=DecodeConfig)
+    reading: ReadingConfig = dataclasses.field(default_factory=ReadingConfig)
 
     def of(self, judge: RewardModel) -> Scoring:
         """With `critiques` settled. Raises ValueError for what the model cannot do, or what would do nothing."""
+        self.head_reading(judge)
         return self.rendered_by(judge.renderer)
 
-    def rendered_by(self, renderer: RewardRenderer | LlavaOnevisionRenderer) -> Scoring:
+    def head_reading(self, judge: RewardModel) -> HeadReading | None:
+        """How the model's head is read; None for one that has a score. Raises ValueError as `reading_of` does."""
+        return reading_of(judge.model.config, self.reading)
+
+    def rendered_by(self, renderer: AnyRewardRenderer) -> Scoring:
         """`of` a model that is yet to be loaded."""
         criticises = isinstance(renderer, RewardRenderer)
         critiques = self.critiques or ("generated" if criticises else "none")
@@ -93,6 +105,34 @@ def score_groups(
     found: dict[int, GroupReward] = {}
     for rewards in rewards_of(GroupList(tuple(groups)), groups, range(len(groups)), judge, scoring, progress):
         found |= rewards
+    return [found[row] for row in range(len(groups))]
+
+
+def score_attributes(groups: Sequence[Group], judge: RewardModel, scoring: Scoring) -> list[np.ndarray]:
+    """f32 [K, A] of every group, in order: each response in each of `judge.model.config.attributes`, under the measure
+    of risk of `scoring.reading`. Groups come with the bytes of their pictures.
+
+    Raises ValueError where the model has no attributes, a direction is asked for, a group does not fit the model, or a
+    value is not finite.
+    """
+    scoring = scoring.of(judge)
+    if (reading := scoring.head_reading(judge)) is None:
+        raise ValueError("this reward model has one score and no attributes: train one with reward.attributes")
+    if scoring.reading.direction:
+        raise ValueError("a direction makes one score of all attributes: leave it out where each is asked for")
+    if shows_facts(judge.renderer):
+        check_facts(groups)
+    source = GroupList(tuple(groups))
+
+    def read(params: CritiqueReward, batch: GroupBatch) -> jax.Array:
+        return scores(params, judge.model.config, batch, judge.compute, reading.attributes)
+
+    forward = Forward(source, groups, judge.renderer, judge.model, judge.mesh, scoring.forward, read)
+    found: dict[int, np.ndarray] = {}
+    for rows in forward_everywhere(forward, range(len(groups))):
+        found |= {row: values[: len(groups[row].responses)] for row, values in rows.items()}
+    for row, values in found.items():
+        _check_finite(values, source.path, row)
     return [found[row] for row in range(len(groups))]
 
 
@@ -130,7 +170,7 @@ def _flush(store: AnnotationStore, groups: Sequence[Group], pending: dict[int, G
     if pending and is_speaker():
         rows = sorted(pending)
         arrays = [pending[row].arrays() for row in rows]
-        hashes = [content_of(groups[row], store.key["critiques"]) for row in rows]
+        hashes = [content_of(groups[row], store.key["critiques"], bool(store.key.get("facts"))) for row in rows]
         store.write(rows, hashes, {name: [each[name] for each in arrays] for name in arrays[0]})
     pending.clear()
 
@@ -146,6 +186,8 @@ def rewards_of(
     """Rewards by row, some at a time, the same on every process; `groups` are all of `source`, whose pictures are read
     when their turn comes."""
     scoring = scoring.of(judge)
+    if shows_facts(judge.renderer):
+        check_facts(groups)
     if scoring.critiques == "generated":
         return _generated(source, groups, rows, judge, scoring, progress)
     if scoring.critiques == "none":
@@ -182,8 +224,10 @@ def _check_reasons(groups: Sequence[Group]) -> None:
 def _teacher_forced(
     source: GroupSource, groups: Sequence[Group], rows: Collection[int], judge: RewardModel, scoring: Scoring
 ) -> Rewards:
+    reader = scoring.head_reading(judge) or read_score
+
     def read(params: CritiqueReward, batch: GroupBatch) -> jax.Array:
-        return scores(params, judge.model.config, batch, judge.compute)
+        return scores(params, judge.model.config, batch, judge.compute, reader)
 
     forward = Forward(source, groups, judge.renderer, judge.model, judge.mesh, scoring.forward, read)
     with progress_line(total=len(rows), unit="group", disable=not is_speaker()) as bar:
@@ -211,8 +255,11 @@ def _generated(
     renderer = judge.renderer
     assert isinstance(renderer, RewardRenderer)  # scoring.of has seen to it
     bare = [without_critiques(group) for group in groups]
+    facts = shows_facts(renderer)
     requests = [
-        Request(renderer.measure(group), partial(_render, _Bare(source), row, renderer), group.content_hash())
+        Request(
+            renderer.measure(group), partial(_render, _Bare(source), row, renderer), group.content_hash(facts=facts)
+        )
         for row, group in enumerate(bare)
     ]
     _check_room(groups, requests, scoring.sampling.max_new_tokens + len(renderer.closing), renderer.max_positions)

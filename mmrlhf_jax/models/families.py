@@ -22,13 +22,15 @@ def read_config(assets: epath.PathLike) -> LlavaOnevisionConfig:
     """The configuration of a directory of assets: a CritiqueRewardConfig where there is a reward.json."""
     config = llava_onevision_config.read_config(str(assets))
     settings = read_settings(assets)
-    return config if settings is None else reward_config(config, settings.head)
+    return config if settings is None else reward_config(config, settings.head, settings.attributes, settings.quantiles)
 
 
-def reward_config(config: LlavaOnevisionConfig, head: Any) -> CritiqueRewardConfig:
+def reward_config(
+    config: LlavaOnevisionConfig, head: Any, attributes: tuple[str, ...] = (), quantiles: int = 0
+) -> CritiqueRewardConfig:
     """`config` under a reward head."""
     shape = {field.name: getattr(config, field.name) for field in dataclasses.fields(LlavaOnevisionConfig)}
-    return CritiqueRewardConfig(**shape, head=head)
+    return CritiqueRewardConfig(**shape, head=head, attributes=attributes, quantiles=quantiles)
 
 
 def is_reward(config: LlavaOnevisionConfig) -> bool:

@@ -60,6 +60,41 @@ def log_collisions(hidden: jax.Array, unembed: jax.Array, *, chunk: int = 8192, 
     return jnp.log(squares) - 2 * jnp.log(total)
 
 
+def summed_distribution(
+    hidden: jax.Array, unembed: jax.Array, weight: jax.Array, *, chunk: int = 8192, shards: int = 1
+) -> jax.Array:
+    """sum over tokens of weight * p f32 [V], p = softmax(hidden @ unembed.T), with gradient.
+
+    `weight` f32 [B, S]; where it is 0 hidden states may be anything. Other arguments and memory as in `token_logps`;
+    two passes over the vocabulary, each computed again in the backward pass.
+    """
+    vocab = unembed.shape[0]
+    table, token = _split(unembed, chunk, shards)
+    hidden = jnp.where(weight[..., None] != 0, hidden, 0)
+
+    @jax.checkpoint
+    def fold(carry, chunk):
+        peak, total = carry
+        rows, ids = chunk
+        logits = _logits(hidden, rows, ids, vocab)
+        higher = jnp.maximum(peak, jax.lax.stop_gradient(jnp.max(logits, axis=(-2, -1))))
+        weights = jnp.exp(logits - higher[..., None, None])
+        return (higher, total * jnp.exp(peak - higher) + jnp.sum(weights, axis=(-2, -1))), None
+
+    zero = jnp.zeros(weight.shape, jnp.float32)
+    (peak, total), _ = jax.lax.scan(fold, (jnp.full_like(zero, -1e30), zero), (table, token))
+    normaliser = peak + jnp.log(total)
+
+    @jax.checkpoint
+    def spread(_, chunk):
+        rows, ids = chunk
+        probability = jnp.exp(_logits(hidden, rows, ids, vocab) - normaliser[..., None, None])
+        return None, jnp.einsum("bskr,bs->kr", probability, weight, precision=jax.lax.Precision.HIGHEST)
+
+    _, parts = jax.lax.scan(spread, None, (table, token))  # [chunks, shards, rows]
+    return parts.swapaxes(0, 1).reshape(-1)[:vocab]
+
+
 def _split(unembed: jax.Array, chunk: int, shards: int) -> tuple[jax.Array, jax.Array]:
     """The table [chunks, shards, rows, D], and which token each of its rows unembeds, i32 [chunks, shards, rows]."""
     vocab = unembed.shape[0]

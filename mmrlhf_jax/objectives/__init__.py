@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from mmrlhf_jax.objectives.attributes import MultiObjectiveReward, QuantileReward
 from mmrlhf_jax.objectives.batchwise import AOT, AOTUnpaired, BetaDPO
-from mmrlhf_jax.objectives.exploration import SELM
+from mmrlhf_jax.objectives.exploration import SELM, MinAvgOut
 from mmrlhf_jax.objectives.listwise import PlackettLuce
 from mmrlhf_jax.objectives.pairs import PreferenceInputs, PreferenceObjective, Tokens
 from mmrlhf_jax.objectives.pairwise import (
@@ -35,11 +36,18 @@ from mmrlhf_jax.objectives.supervised import Supervised, SupervisedInputs
 from mmrlhf_jax.objectives.token_level import DDPO, StepDPO
 from mmrlhf_jax.objectives.totals import StepTotals, step_totals
 
-ScoreObjective = ScalarReward | MarginReward | ClassificationReward | LLaVARLHFReward | TokenwiseReward
+AttributeObjective = MultiObjectiveReward | QuantileReward
+"""Reward objectives that read ratings, through a head with outputs for each attribute."""
+ScoreObjective = (
+    ScalarReward | MarginReward | ClassificationReward | LLaVARLHFReward | TokenwiseReward | AttributeObjective
+)
 """Reward objectives that ask for no token's probability."""
 RewardObjective = CritiqueReward | ScoreObjective
+AveragingObjective = BetaDPO | MinAvgOut
+"""Objectives that keep averages over steps, and see a step whole: `initial_averages(vocab)` before the first,
+`moved_averages(inputs)` after one."""
 Objective = (
-    Supervised | DPO | MMDPO | MMDPOReleasedFactor | MMDPOReleasedBatch
+    Supervised | MinAvgOut | DPO | MMDPO | MMDPOReleasedFactor | MMDPOReleasedBatch
     | SigmoidNorm | Hinge | IPO | EXO | RobustDPO | DiscoPOP | NCA | BCO | SPPO | APOZero | APODown | MPO | ChosenNLL
     | AOT | AOTUnpaired | BetaDPO | MMPO | VisitDPO | PlackettLuce | DDPO | StepDPO | SELM | REFUEL
     | RewardObjective
@@ -48,6 +56,7 @@ Objective = (
 OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
     {
         "supervised": Supervised,
+        "min_avgout": MinAvgOut,
         "dpo": DPO,
         "mmdpo": MMDPO,
         "mmdpo_released_factor": MMDPOReleasedFactor,
@@ -83,6 +92,8 @@ OBJECTIVES: Mapping[str, type[Objective]] = MappingProxyType(
         "classification_reward": ClassificationReward,
         "llava_rlhf_reward": LLaVARLHFReward,
         "tokenwise_reward": TokenwiseReward,
+        "multi_objective_reward": MultiObjectiveReward,
+        "quantile_reward": QuantileReward,
     }
 )
 """Every objective under the name by which recipes and checkpoints know it."""
@@ -105,6 +116,8 @@ __all__ = [
     "AOTUnpaired",
     "APODown",
     "APOZero",
+    "AttributeObjective",
+    "AveragingObjective",
     "BetaDPO",
     "ChosenNLL",
     "ClassificationReward",
@@ -115,11 +128,14 @@ __all__ = [
     "MMDPOReleasedBatch",
     "MMDPOReleasedFactor",
     "MarginReward",
+    "MinAvgOut",
+    "MultiObjectiveReward",
     "Objective",
     "Pairwise",
     "PlackettLuce",
     "PreferenceInputs",
     "PreferenceObjective",
+    "QuantileReward",
     "RewardInputs",
     "RewardObjective",
     "RobustDPO",

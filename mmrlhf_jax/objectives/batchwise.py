@@ -16,26 +16,27 @@ from mmrlhf_jax.objectives.pairs import (
     PreferenceInputs,
     check_at_least_zero,
     check_common,
+    check_decay,
     check_label_smoothing,
     loss_and_metrics,
     pairs_of,
     sigmoid_loss,
 )
 from mmrlhf_jax.objectives.pairwise import shortened
-from mmrlhf_jax.objectives.preference import RELEASED_BETA_FLOOR, draw_pairs
+from mmrlhf_jax.objectives.preference import RELEASED_BETA_FLOOR, draw_pairs, mean_and_deviation
 
 
 @dataclass(frozen=True)
 class BetaDPO:
     """beta-DPO: one beta a batch, from how far apart the policy holds its pairs, after outliers are left out.
 
-    Formula: with M = z (no gradient) of all pairs, mean mu and deviation sd: int(kept pairs) of them are drawn in
-    proportion to exp(-((M - mu) / sd)^2 / 2) and trained on, the others are not, with
-    beta_batch = max(beta (1 + alpha (mean M of the drawn - threshold)), 1e-3).
-    Source: https://arxiv.org/abs/2407.08639. There mu, sd and the threshold are moving averages over batches; here they
-    are the batch's own (momentum 0), since a step keeps no state but the model's. M is a difference of log-ratios as in
-    MM-RLHF's copy of the rule (MMDPOReleasedBatch, which draws for beta only and trains on every pair); counted in
-    rewards it is beta times that, hence another alpha. Where the draw leaves nobody, all pairs are trained.
+    Formula: M = z (no gradient) of all pairs; mu and sd are averages over steps of M's mean and deviation,
+    mu = momentum mu + (1 - momentum) mean M with this step's, both 0 before the first; int(kept pairs) pairs are drawn
+    in proportion to exp(-((M - mu) / sd)^2 / 2) and trained on, the others are not, with
+    beta_batch = max(beta (1 + alpha (mean M of the drawn - mu)), 1e-3).
+    Source: https://arxiv.org/abs/2407.08639 and its released code, whose M is a difference of log-ratios and whose
+    momentum is 0.9. MM-RLHF's copy of the rule (MMDPOReleasedBatch) has no averages, draws for beta only and trains on
+    every pair. Where the draw leaves nobody, all pairs are trained.
     """
 
     beta: float = 0.1
@@ -47,7 +48,9 @@ class BetaDPO:
     kept: float = 0.8
     """Share of the batch's pairs that is trained on, rounded down."""
     threshold: float | None = None
-    """Log-ratio at which beta is `beta`; None: the mean of the batch."""
+    """Log-ratio at which beta is `beta`; None: the average mu."""
+    momentum: float = 0.9
+    """How much of both averages a step keeps; 0: they are the step's own."""
 
     needs_margin: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = True
@@ -58,21 +61,47 @@ class BetaDPO:
         check_at_least_zero(self, "alpha", self.alpha)
         if not 0 < self.kept <= 1:
             raise ValueError(f"BetaDPO: kept must lie in (0, 1], got {self.kept}")
+        check_decay(self, "momentum", self.momentum)
+
+    def initial_averages(self, vocab: int) -> dict[str, jax.Array]:
+        """Before the first step: mu and sd, f32 []; `vocab` is not read."""
+        del vocab
+        return {"mean": jnp.zeros(()), "deviation": jnp.zeros(())} if self.momentum else {}
+
+    def moved_averages(self, inputs: PreferenceInputs) -> dict[str, jax.Array]:
+        """What the step leaves behind."""
+        if not self.momentum:
+            return {}
+        mean, deviation = self._averages(inputs)
+        return {"mean": mean, "deviation": deviation}
+
+    def _averages(self, inputs: PreferenceInputs) -> tuple[jax.Array, jax.Array]:
+        """mu and sd with this step's pairs in them."""
+        seen = jax.lax.stop_gradient(pairs_of(inputs).ratio.difference)
+        own = mean_and_deviation(seen, inputs.pair_weight > 0)
+        if not self.momentum:
+            return own
+        if inputs.averages is None:
+            raise ValueError("BetaDPO keeps averages over steps: give PreferenceInputs.averages, or momentum 0")
+        kept = inputs.averages["mean"], inputs.averages["deviation"]
+        mean, deviation = (self.momentum * old + (1 - self.momentum) * new for old, new in zip(kept, own, strict=True))
+        return mean, deviation
 
     def __call__(self, inputs: PreferenceInputs) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss f32 [] and metrics f32 [] of the whole step."""
         pairs, valid = pairs_of(inputs), inputs.pair_weight > 0
         z = pairs.ratio.difference
         seen = jax.lax.stop_gradient(z)
-        drawn = draw_pairs(inputs.key, seen, valid, self.kept)
+        mean, deviation = self._averages(inputs)
+        drawn = draw_pairs(inputs.key, seen, valid, self.kept, (mean, deviation))
         drawn = jnp.where(drawn.any(), drawn, valid)
-        threshold = jnp.where(valid, seen, 0).sum() / valid.sum() if self.threshold is None else self.threshold
+        threshold = mean if self.threshold is None else self.threshold
         above = jnp.where(drawn, seen, 0).sum() / drawn.sum() - threshold
         beta = jnp.maximum(self.beta * (1 + self.alpha * above), RELEASED_BETA_FLOOR)
         weight = jnp.where(drawn, inputs.pair_weight, 0)
         preference = (weight * sigmoid_loss(z, beta)).sum() / weight.sum()
         pair_beta = jnp.broadcast_to(beta, z.shape)
-        extra = {"kept": drawn.sum() / valid.sum()}
+        extra = {"kept": drawn.sum() / valid.sum(), "margin/average": mean, "margin/deviation": deviation}
         return loss_and_metrics(
             inputs, pairs, preference, beta=self.beta, gamma=self.gamma, pair_beta=pair_beta, extra=extra
         )

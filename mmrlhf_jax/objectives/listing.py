@@ -7,7 +7,7 @@ import inspect
 import textwrap
 from typing import Any
 
-from mmrlhf_jax.objectives import OBJECTIVES
+from mmrlhf_jax.objectives import OBJECTIVES, AttributeObjective
 
 WIDTH = 100
 
@@ -41,5 +41,6 @@ def _needs(kind: type[Any]) -> list[str]:
         "reference log-probs": kind.needs_reference,
         "a margin for every pair": kind.needs_margin,
         "a step in one micro-batch": kind.needs_step_statistics,
+        "ratings of responses": issubclass(kind, AttributeObjective),
     }
     return [words for words, needed in found.items() if needed]

@@ -47,6 +47,7 @@ class PreferenceInputs:
     key: jax.Array  # the step's PRNG key
     score: jax.Array | None = None  # f32 [B, K], the data's own number for each response
     tokens: Tokens | None = None
+    averages: Mapping[str, jax.Array] | None = None  # what the objective keeps over steps, as the last one left it
 
 
 class PreferenceObjective(Protocol):
@@ -263,6 +264,11 @@ def check_at_least_zero(objective: object, name: str, value: float) -> None:
 def check_label_smoothing(objective: object, value: float) -> None:
     if not 0 <= value < 0.5:
         raise ValueError(f"{type(objective).__name__}: label_smoothing must lie in [0, 0.5), got {value}")
+
+
+def check_decay(objective: object, name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{type(objective).__name__}: {name} must lie in [0, 1), got {value}")
 
 
 def check_choice(objective: object, name: str, value: str, choices: tuple[str, ...]) -> None:

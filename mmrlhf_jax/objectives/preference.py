@@ -156,7 +156,21 @@ def factor_beta(factor: jax.Array, beta: float, w: float) -> jax.Array:
     return jnp.maximum(beta * (1 + w * factor), RELEASED_BETA_FLOOR)
 
 
-def draw_pairs(key: jax.Array, z: jax.Array, valid: jax.Array, selected: float) -> jax.Array:
+def mean_and_deviation(z: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the valid ones of z f32 [B, K, K]: their mean [] and unbiased standard deviation []."""
+    count = valid.sum()
+    mean = jnp.where(valid, z, 0).sum() / jnp.maximum(count, 1)
+    centred = jnp.where(valid, z - mean, 0)
+    return mean, jnp.sqrt((centred**2).sum() / jnp.maximum(count - 1, 1))
+
+
+def draw_pairs(
+    key: jax.Array,
+    z: jax.Array,
+    valid: jax.Array,
+    selected: float,
+    around: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
     """Draws int(selected * pairs) of the valid pairs without replacement, Gaussian-weighted around their mean.
 
     Args:
@@ -164,15 +178,14 @@ def draw_pairs(key: jax.Array, z: jax.Array, valid: jax.Array, selected: float) 
       z: f32 [B, K, K], log-ratio of each pair.
       valid: bool [B, K, K], where there is a pair.
       selected: share drawn.
+      around: mean [] and deviation [] of the Gaussian; None: those of the valid pairs.
 
     Returns:
       bool [B, K, K], the drawn pairs.
     """
     count = valid.sum()
-    mean = jnp.where(valid, z, 0).sum() / jnp.maximum(count, 1)
-    centred = jnp.where(valid, z - mean, 0)
-    deviation = jnp.sqrt((centred**2).sum() / jnp.maximum(count - 1, 1))
-    log_weight = -0.5 * (centred / (deviation + 1e-7)) ** 2
+    mean, deviation = around or mean_and_deviation(z, valid)
+    log_weight = -0.5 * (jnp.where(valid, z - mean, 0) / (deviation + 1e-7)) ** 2
     # The largest n of log-weight + Gumbel noise are n draws without replacement (https://arxiv.org/abs/1903.06059).
     perturbed = jnp.where(valid, log_weight + jax.random.gumbel(key, z.shape, z.dtype), -jnp.inf).ravel()
     place = jnp.argsort(jnp.argsort(-perturbed)).reshape(z.shape)

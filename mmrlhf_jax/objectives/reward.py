@@ -42,6 +42,9 @@ class RewardInputs:
     pair_margin: jax.Array | None = None  # f32 [B, K, K], how much better the data says i is; 0 where there is no pair
     token_score: jax.Array | None = None  # f32 [B, T], read at every token
     tokens: Tokens | None = None  # whose tokens they are; log-probs are not read
+    output: jax.Array | None = None  # f32 [B, K, A, Q], all that a head of more than one output says of a response
+    rating: jax.Array | None = None  # f32 [B, K, A], what each response was rated in each attribute
+    rating_mask: jax.Array | None = None  # bool [B, K, A], where it was
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """What reward heads with more than one output are trained by and read as: attributes, and quantiles of a reward.
 
-Pure functions of a head's outputs; the trainer's own heads have one output. Letters are D attributes, Q quantiles.
+Pure functions of a head's outputs. Letters are D attributes, Q quantiles.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,19 @@ def masked_mse(prediction: jax.Array, label: jax.Array, mask: jax.Array) -> jax.
     """
     error = jnp.where(mask, prediction - jnp.where(mask, label, 0), 0)
     return (error**2).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def unit_direction(degrees: float) -> tuple[float, float]:
+    """(cos, sin) of an angle: how much each of two attributes counts.
+
+    Source: DPA, https://arxiv.org/abs/2402.18571, of helpfulness and verbosity; there up to 45 degrees to either side.
+    """
+    return math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+
+
+def along(direction: jax.Array, attributes: jax.Array) -> jax.Array:
+    """The score [...] that attributes [..., D] have in a direction [D] or [..., D]: v . r, source as above."""
+    return jnp.einsum("...d,...d->...", attributes, direction, precision=jax.lax.Precision.HIGHEST)
 
 
 def quantile_levels(quantiles: int) -> jax.Array:

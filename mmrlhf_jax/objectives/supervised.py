@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,6 +20,8 @@ class SupervisedInputs:
     logp: jax.Array  # f32 [B, S], log-probability of each response token
     loss_weight: jax.Array  # f32 [B, S], 0 = not scored
     totals: StepTotals
+    output: jax.Array | None = None  # f32 [V], sum over tokens of loss_weight * predicted distribution
+    averages: Mapping[str, jax.Array] | None = None  # what the objective keeps over steps, as the last one left it
 
 
 @dataclass(frozen=True)

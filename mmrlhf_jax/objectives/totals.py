@@ -23,6 +23,7 @@ class StepTotals:
     tokens: jax.Array  # f32 [], sum of loss_weight
     groups: jax.Array  # f32 [], groups with a scored token
     ties: jax.Array | float = 0.0  # f32 [], sum of tie_weight
+    ratings: jax.Array | float = 0.0  # f32 [], ratings of responses in attributes
 
 
 def wins(pair_weight: jax.Array) -> jax.Array:
@@ -31,7 +32,11 @@ def wins(pair_weight: jax.Array) -> jax.Array:
 
 
 def step_totals(
-    pair_weight: ArrayLike, length: ArrayLike, loss_weight: ArrayLike, tie_weight: ArrayLike | None = None
+    pair_weight: ArrayLike,
+    length: ArrayLike,
+    loss_weight: ArrayLike,
+    tie_weight: ArrayLike | None = None,
+    rating_mask: ArrayLike | None = None,
 ) -> StepTotals:
     """Totals of one micro-batch; `jax.tree.map(operator.add, ...)` over a step's micro-batches gives the step's.
 
@@ -40,6 +45,7 @@ def step_totals(
       length: f32 [B, K], scored tokens of each response; any finite value where a response is padding.
       loss_weight: f32 [B, S], weight of each response token; 0 = not scored.
       tie_weight: f32 [B, K, K], [i, j] > 0 iff responses i and j are tied and i < j; None where ties are not read.
+      rating_mask: bool [B, K, A], which responses are rated in which attributes; None where ratings are not read.
     """
     pair_weight, length, loss_weight = jnp.asarray(pair_weight), jnp.asarray(length), jnp.asarray(loss_weight)
     response_wins = wins(pair_weight)
@@ -49,4 +55,5 @@ def step_totals(
         tokens=loss_weight.sum(),
         groups=(loss_weight != 0).any(axis=-1).sum().astype(loss_weight.dtype),
         ties=0.0 if tie_weight is None else jnp.asarray(tie_weight).sum(),
+        ratings=0.0 if rating_mask is None else jnp.asarray(rating_mask, loss_weight.dtype).sum(),
     )

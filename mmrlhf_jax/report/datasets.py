@@ -44,7 +44,7 @@ class Judged:
     @property
     def model(self) -> str:
         """The reward model as its user named it; a fingerprint where nobody noted that."""
-        return made_by(self.store).get("model") or f"model {str(self.store.key['model'])[:12]}"
+        return made_by(self.store).get("model") or f"model {str(self.store.key.get('model'))[:12]}"
 
     @property
     def manner(self) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from mmrlhf_jax.objectives import OBJECTIVES, Objective
-from mmrlhf_jax.training.recipe import Recipe, flatten
+from mmrlhf_jax.training import recipe as recipes
 from mmrlhf_jax.training.run import RunDirectory
 
 NO_METRICS = {"step", "rows"}  # of a line of metrics.jsonl: which step, which rows of the dataset
@@ -184,7 +184,7 @@ def _objective(recipe: Mapping[str, Any], path: epath.Path) -> Objective:
 
 def defaults(run: Run) -> dict[str, Any]:
     """The flattened recipe of the run's objective with everything else as a recipe has it by itself."""
-    made = flatten(Recipe(objective=type(run.objective)()))
+    made = recipes.defaults(type(run.objective)())
     return json.loads(json.dumps(made))
 
 

@@ -15,10 +15,11 @@ from mmrlhf_jax.data.annotations import AnnotationStore, find
 from mmrlhf_jax.data.buckets import BucketPlan, plan_buckets
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.datasets import Dataset
-from mmrlhf_jax.data.pipeline import Item, Items, Loader, Selection, measure, reading_plan, select
+from mmrlhf_jax.data.pipeline import Item, Items, Loader, Selection, measure, rated_share, reading_plan, select
 from mmrlhf_jax.data.plan import StepPlan, plan_steps
 from mmrlhf_jax.data.rewards import stored_scores, with_scores
 from mmrlhf_jax.groups import Bucket, Group, Lengths, Renderer
+from mmrlhf_jax.models.critique_reward.render import check_facts
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.nn.sharding import BatchShare
 from mmrlhf_jax.objectives import DDPO, CritiqueReward, Supervised, VisitDPO
@@ -36,6 +37,8 @@ class RunData:
     loader: Loader
     critiques: tuple[int, int] | None = None
     """of a run that learns to criticise: responses with a reason to learn from, and all"""
+    notes: tuple[str, ...] = ()
+    """lines for people on what else of the data is read: ratings, facts"""
 
 
 def selection_of(recipe: Recipe) -> Selection:
@@ -49,6 +52,7 @@ def selection_of(recipe: Recipe) -> Selection:
         critiques=isinstance(recipe.objective, CritiqueReward),
         visits=isinstance(recipe.objective, VisitDPO),
         changed=recipe.objective.segments if isinstance(recipe.objective, DDPO) else None,
+        attributes=recipe.reward.attributes,
     )
 
 
@@ -67,9 +71,11 @@ class Measured:
 
 
 def measure_data(recipe: Recipe, dataset: Dataset, renderer: Renderer, *, held_out: bool = False) -> Measured:
-    """`held_out`: the whole dataset is. Raises ValueError where a group is too long for the model, or no group would be
-    left on a side."""
+    """`held_out`: the whole dataset is. Raises ValueError where a group is too long for the model, lacks facts that are
+    to be shown, or no group would be left on a side."""
     groups, scores = list(dataset.groups()), None
+    if recipe.reward.facts:
+        check_facts(groups)
     if recipe.margins != "data":
         scores = stored_scores(dataset, recipe.margins, reward_command(dataset.path))
         groups = [with_scores(group, scores[row]) for row, group in enumerate(groups)]
@@ -109,7 +115,10 @@ def plan_data(recipe: Recipe, measured: Measured, config: LlavaOnevisionConfig, 
         seed=recipe.seed,
         whole_step=recipe.objective.needs_step_statistics,
     )
-    return RunData(items, buckets, plan, _loader(measured, items, buckets, selection, share), critiques)
+    trained = [measured.groups[row] for row in measured.train]
+    notes = [rated_share(trained, selection.attributes)] if selection.attributes else []
+    notes += [check_facts(trained)] if recipe.reward.facts else []
+    return RunData(items, buckets, plan, _loader(measured, items, buckets, selection, share), critiques, tuple(notes))
 
 
 def _critiques(recipe: Recipe, measured: Measured) -> tuple[int, int] | None:
@@ -177,6 +186,7 @@ def describe(data: RunData, attention: Callable[[Bucket], str]) -> list[str]:
     ]
     if data.critiques is not None:
         lines.append("{} of {} responses have a critique to learn from".format(*data.critiques))
+    lines += data.notes
     counts = np.bincount(data.buckets.assignment, minlength=len(data.buckets.buckets))
     return lines + [
         f"  bucket {i}: {bucket}, {n} items, attention {attention(bucket)}"

@@ -27,9 +27,11 @@ from mmrlhf_jax.objectives import (
     AOTUnpaired,
     BetaDPO,
     LLaVARLHFReward,
+    MinAvgOut,
     MMDPOReleasedBatch,
     Objective,
     ScalarReward,
+    Supervised,
 )
 from mmrlhf_jax.training.peers import doing
 from mmrlhf_jax.training.runtime import to_devices
@@ -70,7 +72,9 @@ def _place(group: Group, seed: int) -> float:
 
 def evaluated_as(objective: Objective) -> Objective:
     """The objective whose loss is reported: its own, unless its loss is no sum over pairs but hangs on which pairs
-    share a batch; such a one is evaluated as DPO at its base beta, or as plain Bradley-Terry."""
+    share a batch; such a one is evaluated as DPO at its base beta, as plain Bradley-Terry, or by likelihood."""
+    if isinstance(objective, MinAvgOut):
+        return Supervised()
     if isinstance(objective, LLaVARLHFReward):
         return ScalarReward(centre=0.0, tie=0.0)
     if isinstance(objective, MMDPOReleasedBatch | BetaDPO | AOT | AOTUnpaired):

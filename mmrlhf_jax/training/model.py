@@ -239,18 +239,31 @@ def check_family(model: LoadedModel, name: str, *, reward: bool) -> LoadedModel:
     raise ValueError(f"{name}: a reward model ({SETTINGS} or a released reward head); a policy is asked for here")
 
 
-def with_fresh_head(start: LoadedModel, head: str, mesh: Mesh, rules: ShardingRules, seed: int) -> LoadedModel:
+def with_fresh_head(
+    start: LoadedModel,
+    head: str,
+    mesh: Mesh,
+    rules: ShardingRules,
+    seed: int,
+    *,
+    attributes: tuple[str, ...] = (),
+    quantiles: int = 0,
+) -> LoadedModel:
     """A policy under a new reward head; a reward model as it is."""
     if families.is_reward(start.config):
         return start
-    config = families.reward_config(start.config, head)
+    config = families.reward_config(start.config, head, attributes, quantiles)
     fresh = nn_params.initialise(declare_head(config), seed, mesh, rules)
     return dataclasses.replace(start, config=config, params=with_head(start.params, fresh))
 
 
 def model_fingerprint(config: LlavaOnevisionConfig, params: Any) -> str:
     """Names a model's function: its configuration and its weights, however they are stored or sharded."""
-    described = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    shape = dataclasses.asdict(config)
+    for name in ("attributes", "quantiles"):  # of a head of one output: named as before there were others
+        if not shape.get(name):
+            shape.pop(name, None)
+    described = json.dumps(shape, sort_keys=True)
     return f"{nn_params.fingerprint(params)}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
 
 

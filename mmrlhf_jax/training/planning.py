@@ -5,6 +5,7 @@ Nothing is allocated: parameters, gradients, moments and batches are ShapeDtypeS
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ from mmrlhf_jax.training.state import (
     trains,
     with_dtypes,
 )
-from mmrlhf_jax.training.step import Sums, make_accumulate, make_apply, metric_names
+from mmrlhf_jax.training.step import Sums, initial_averages, make_accumulate, make_apply, metric_names
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,21 @@ class AbstractRun:
 def config_of(recipe: Recipe, config: LlavaOnevisionConfig) -> LlavaOnevisionConfig:
     """The shape that `recipe` trains, starting from a model of shape `config`: a reward model's gains a head."""
     if isinstance(recipe.objective, RewardObjective) and not is_reward(config):
-        return reward_config(config, recipe.reward.head)
+        return reward_config(config, recipe.reward.head, recipe.reward.attributes, recipe.reward.quantiles)
     return config
 
 
 def abstract_batch(
-    bucket: Bucket, responses: int, config: LlavaOnevisionConfig, mesh: AnyMesh, *, changed: bool = False
+    bucket: Bucket,
+    responses: int,
+    config: LlavaOnevisionConfig,
+    mesh: AnyMesh,
+    *,
+    changed: bool = False,
+    attributes: int = 0,
 ) -> GroupBatch:
-    """The batch of a bucket as shapes with shardings; `changed`: with what responses do not share."""
+    """The batch of a bucket as shapes with shardings; `changed`: with what responses do not share; `attributes`: with
+    ratings in so many."""
     one = Bucket(1, bucket.tiles, bucket.prompt, bucket.response)
     filler = pack(
         [None],
@@ -69,6 +77,7 @@ def abstract_batch(
         tokens_per_tile=config.tokens_per_tile,
         tile_size=config.tower.image_size,
         changed=changed,
+        attributes=attributes,
     )
     split, whole = batch_sharding(mesh), replicated(mesh)
 
@@ -94,12 +103,17 @@ def abstract_run(recipe: Recipe, config: LlavaOnevisionConfig, mesh: AnyMesh) ->
         jax.eval_shape(optimizer.init, trainable),
         state_shardings(optimizer, trainable, frozen, whole).optimizer,
     )
+    begin = functools.partial(initial_averages, recipe.objective, config.decoder.vocab)
+    averages = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole), jax.eval_shape(begin)
+    )
     sums = Sums(
         jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), trainable),
         {name: jax.ShapeDtypeStruct((), jnp.float32, sharding=whole) for name in metric_names(recipe.objective)},
+        averages,
     )
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    state = TrainState(step, trainable, frozen, moments)
+    state = TrainState(step, trainable, frozen, moments, averages)
     lends = recipe.reference == "lora_off" and recipe.objective.needs_reference
     reference = None
     if lends:
@@ -129,11 +143,14 @@ def trace_accumulate(
     compute = compute_of(recipe, mesh, platform=platform)
     run = abstract_run(recipe, config, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, run.sums)
-    step = make_accumulate(config, compute, recipe.objective, sums_sharding=Sums(shardings.gradients, replicated(mesh)))
+    whole = replicated(mesh)
+    step = make_accumulate(config, compute, recipe.objective, sums_sharding=Sums(shardings.gradients, whole, whole))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = abstract_batch(bucket, responses, config, mesh, changed=isinstance(recipe.objective, DDPO))
+    changed, attributes = isinstance(recipe.objective, DDPO), len(recipe.reward.attributes)
+    batch = abstract_batch(bucket, responses, config, mesh, changed=changed, attributes=attributes)
     with jax.set_mesh(mesh):
-        return step.trace(run.state.trainable, run.state.frozen, run.reference, run.sums, batch, key)
+        state = run.state
+        return step.trace(state.trainable, state.frozen, run.reference, run.sums, batch, key, state.averages)
 
 
 def lower_accumulate(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from mmrlhf_jax.command import UsageError
 from mmrlhf_jax.data.buckets import MAX_BUCKETS, MULTIPLE
 from mmrlhf_jax.data.pipeline import Kept, Mean, Pairing
+from mmrlhf_jax.models.critique_reward.config import RewardSettings
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions
 from mmrlhf_jax.nn.attention import Backend
 from mmrlhf_jax.nn.remat import RematRung
@@ -21,8 +22,10 @@ from mmrlhf_jax.objectives import (
     AOT,
     MMDPO,
     AOTUnpaired,
+    AttributeObjective,
     Objective,
     PlackettLuce,
+    QuantileReward,
     RewardObjective,
     ScoreObjective,
     Supervised,
@@ -134,6 +137,13 @@ class RewardConfig:
     template: str = ""
     """a file with the critique's prompt ({question} and {answer} behind [Question]: and [LMM Response]:, ending in
     [Evaluation]:); empty: the starting reward model's own, else the built-in one"""
+    attributes: tuple[str, ...] = ()
+    """what MultiObjectiveReward and QuantileReward learn: names of the data's ratings, the head's outputs in their
+    order"""
+    quantiles: int = 0
+    """outputs of each attribute under QuantileReward: the quantiles q / (quantiles + 1) of what it would be rated"""
+    facts: bool = False
+    """show the data's facts (captions, options) behind the question, as in Fact-RLHF; every group must have some"""
 
 
 @dataclass(frozen=True)
@@ -235,6 +245,7 @@ class Recipe:
         if self.reward.template and isinstance(self.objective, ScoreObjective):
             name = type(self.objective).__name__
             raise ValueError(f"reward.template is the prompt of a critique, which {name} does without")
+        _check_outputs(self)
         if self.lora.rank < 0 or self.lora.alpha <= 0:
             raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
         if self.reference == "lora_off" and not self.lora.rank:
@@ -248,6 +259,24 @@ class Recipe:
             adam.eps,
         ):
             raise ValueError("optimizer.b2 and .eps are Adam's: a factored second moment has a decay of its own")
+
+
+def _check_outputs(recipe: Recipe) -> None:
+    """Raises ValueError where the head's outputs are not those the objective trains."""
+    objective, reward, name = recipe.objective, recipe.reward, type(recipe.objective).__name__
+    if not isinstance(objective, AttributeObjective):
+        if reward.attributes or reward.quantiles:
+            raise ValueError(f"reward.attributes and .quantiles are outputs that {name} does not train: it has a score")
+        return
+    if not reward.attributes:
+        raise ValueError(f"{name} learns ratings: name them in reward.attributes, as the data does")
+    quantiles = isinstance(objective, QuantileReward)
+    if quantiles != (reward.quantiles > 0):
+        wanted = "the outputs of each attribute, 19 for example" if quantiles else "0: it has one output an attribute"
+        raise ValueError(f"reward.quantiles is {reward.quantiles}; of {name} it is {wanted}")
+    if not objective.bradley_terry and recipe.data.mean != "pairs":
+        raise ValueError(f"data.mean = 'groups' weighs pairs, which {name} without bradley_terry does not")
+    RewardSettings(critique=False, attributes=reward.attributes, quantiles=reward.quantiles)  # raises what is senseless
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:
@@ -302,6 +331,13 @@ def flatten(recipe: Recipe) -> dict[str, Any]:
     return out
 
 
+def defaults(objective: Objective) -> dict[str, Any]:
+    """`flatten` of a recipe that says nothing but its objective; there need not be a valid one."""
+    bare = {name: value for name, value in flatten(Recipe()).items() if name.split(".")[0] != "objective"}
+    own = {f"objective.{f.name}": getattr(objective, f.name) for f in dataclasses.fields(objective)}
+    return {"objective": type(objective).__name__, **own, **bare}
+
+
 def as_json(recipe: Recipe) -> str:
     return json.dumps(flatten(recipe), indent=2) + "\n"
 
@@ -310,6 +346,6 @@ def differences(saved: dict[str, Any], recipe: Recipe) -> list[str]:
     """Lines that say what a resumed run may not change, empty when it may go on. A run begun before a field existed ran
     with that field's default."""
     now = json.loads(json.dumps(flatten(recipe)))
-    saved = {**json.loads(json.dumps(flatten(Recipe(objective=recipe.objective)))), **saved}
+    saved = {**json.loads(json.dumps(defaults(recipe.objective))), **saved}
     names = [n for n in sorted({*saved, *now}) if not any(n == f or n.startswith(f + ".") for f in FREE_ON_RESUME)]
     return [f"{n}: was {saved.get(n)!r}, now {now.get(n)!r}" for n in names if saved.get(n) != now.get(n)]

@@ -4,7 +4,8 @@ RUN/recipe.json       the resolved recipe
 RUN/start.json        fingerprints of what the run started from
 RUN/environment.jsonl what it ran on: one line a start or resumption
 RUN/model/            config, tokenizer, templates of the model it started from
-RUN/checkpoints/N/    parameters, optimizer and data position after N steps; of a LoRA run only what trains
+RUN/checkpoints/N/    parameters, optimizer, averages over steps and data position after N steps; of a LoRA run only
+                      what trains
 RUN/damaged/N/        checkpoints that turned out not to be what was written
 RUN/lease.json        who writes here, while somebody does
 RUN/metrics.jsonl     one line a step
@@ -140,12 +141,14 @@ class Checkpoints:
         held = combine(state.trainable, state.frozen) if whole else state.trainable
         dtypes = {name: leaf.dtype.name for name, leaf in _by_name(held).items()}
         began = time.monotonic()
+        kept = {"averages": ocp.args.StandardSave(dict(state.averages))} if state.averages else {}
         self.manager.save(
             step,
             args=ocp.args.Composite(
                 params=ocp.args.StandardSave(_by_name(held)),
                 optimizer=ocp.args.StandardSave(_by_name(state.optimizer)),
                 position=ocp.args.JsonSave({**position, "dtypes": dtypes}),
+                **kept,
             ),
             force=True,
         )
@@ -191,6 +194,13 @@ class Checkpoints:
     def optimizer(self, step: int, abstract: Any) -> Any:
         args = ocp.args.Composite(optimizer=ocp.args.StandardRestore(_by_name(abstract)))
         return _from_names(self.manager.restore(step, args=args)["optimizer"], abstract)
+
+    def averages(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """What the objective keeps over steps; {} where `abstract` is, for most keep nothing."""
+        if not abstract:
+            return {}
+        args = ocp.args.Composite(averages=ocp.args.StandardRestore(dict(abstract)))
+        return dict(self.manager.restore(step, args=args)["averages"])
 
     def close(self) -> None:
         """Waits for the checkpoint being written. Raises what went wrong with it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from textwrap import shorten
@@ -41,6 +42,7 @@ from mmrlhf_jax.training.state import (
     state_shardings,
     trains,
 )
+from mmrlhf_jax.training.step import initial_averages
 
 
 def check_resumable(run: RunDirectory, recipe: Recipe) -> None:
@@ -75,15 +77,26 @@ def starting_model(recipe: Recipe, mesh: Mesh) -> LoadedModel:
     start = load_model(recipe.model, mesh, recipe.sharding, rates=loading_rates(recipe))
     if not isinstance(recipe.objective, RewardObjective):
         return check_family(start, recipe.model, reward=False)
-    return with_fresh_head(start, recipe.reward.head, mesh, recipe.sharding, recipe.seed)
+    head = recipe.reward
+    return with_fresh_head(
+        start, head.head, mesh, recipe.sharding, recipe.seed, attributes=head.attributes, quantiles=head.quantiles
+    )
 
 
 def reward_settings(recipe: Recipe, assets: epath.PathLike) -> RewardSettings | None:
     """The reward.json of the run, given the assets it starts from; None where a policy is trained."""
     if not isinstance(recipe.objective, RewardObjective):
         return None
-    critique = isinstance(recipe.objective, CritiqueReward)
-    return settings_for_training(assets, recipe.reward.head, critique, recipe.reward.template)
+    critique, asked = isinstance(recipe.objective, CritiqueReward), recipe.reward
+    return settings_for_training(
+        assets,
+        asked.head,
+        critique,
+        asked.template,
+        attributes=asked.attributes,
+        quantiles=asked.quantiles,
+        facts=asked.facts,
+    )
 
 
 def renderer_of(recipe: Recipe, start: LoadedModel) -> Renderer:
@@ -124,7 +137,7 @@ def start_run(run: RunDirectory, recipe: Recipe, start: LoadedModel, fingerprint
     wait_for_all("the run directory is written")
 
 
-def first_state(recipe: Recipe, params: Any, steps: int, mesh: Mesh) -> tuple[TrainState, TrainState]:
+def first_state(recipe: Recipe, params: Any, steps: int, mesh: Mesh, vocab: int) -> tuple[TrainState, TrainState]:
     """The state a run starts from, and its shardings."""
     trainable, frozen = partition(params, trains(recipe))
     if not jax.tree.leaves(trainable):
@@ -132,7 +145,9 @@ def first_state(recipe: Recipe, params: Any, steps: int, mesh: Mesh) -> tuple[Tr
     optimizer = make_optimizer(recipe.optimizer, steps)
     shardings = state_shardings(optimizer, abstract_of(trainable), abstract_of(frozen), replicated(mesh))
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
-    return TrainState(_counter(0, shardings), trainable, frozen, moments), shardings
+    begin = functools.partial(initial_averages, recipe.objective, vocab)
+    averages = jax.jit(begin, out_shardings=shardings.averages)()
+    return TrainState(_counter(0, shardings), trainable, frozen, moments, averages), shardings
 
 
 def _counter(step: int, shardings: TrainState) -> jax.Array:
@@ -196,6 +211,7 @@ def _restore(
             held = combine(state.trainable, state.frozen) if whole else state.trainable
             params = checkpoints.params(step, abstract_of(held))
             moments = checkpoints.optimizer(step, abstract_of(state.optimizer))
+            averages = checkpoints.averages(step, abstract_of(state.averages))
     except Exception as error:  # of files that are not whole orbax raises anything, even a plain Exception
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise  # the devices' affair
@@ -211,7 +227,7 @@ def _restore(
             "began with"
         )
     trainable, frozen = partition(params, moving.__contains__) if whole else (params, state.frozen)
-    return None, TrainState(_counter(step, shardings), trainable, frozen, moments)
+    return None, TrainState(_counter(step, shardings), trainable, frozen, moments, averages)
 
 
 def _innermost(error: BaseException) -> str:

@@ -26,6 +26,7 @@ class TrainState:
     trainable: Any
     frozen: Any
     optimizer: optax.OptState
+    averages: Any = struct.field(default_factory=dict)  # name -> array, what the objective keeps over steps
 
 
 def rate_of(name: str, rates: PartRates) -> float:
@@ -147,4 +148,4 @@ def state_shardings(optimizer: optax.GradientTransformation, trainable: Any, fro
 
     placed = jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, trainable))
     here, there = (jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, frozen))
-    return TrainState(whole, here, there, placed)
+    return TrainState(whole, here, there, placed, whole)

@@ -136,7 +136,7 @@ def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
 
     # --- state: this run's latest checkpoint, else the starting model ------------------------------------------------
     params = with_fresh_adapters(start, recipe.lora, mesh, recipe.sharding, recipe.seed) if lora else start.params
-    state, shardings = first_state(recipe, params, data.plan.steps, mesh)
+    state, shardings = first_state(recipe, params, data.plan.steps, mesh, config.decoder.vocab)
     start_run(run, recipe, start, fingerprints)
     records: list[dict[str, Any]] = []
     best = _best_of(records, recipe.evaluation.metric)
@@ -148,7 +148,7 @@ def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
     records += [record for record in read_lines(run.evaluation) if record["step"] <= first_step]
 
     # --- the compiled functions --------------------------------------------------------------------------------------
-    sums_sharding = Sums(shardings.trainable, replicated(mesh))
+    sums_sharding = Sums(shardings.trainable, replicated(mesh), replicated(mesh))
     evaluate = held_out and make_evaluate(
         held_out, config, compute, recipe.objective, mesh, workers=recipe.data.workers
     )
@@ -160,7 +160,9 @@ def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
         loader=loader,
         accumulate=make_accumulate(config, compute, recipe.objective, sums_sharding=sums_sharding),
         apply=make_apply(make_optimizer(recipe.optimizer, data.plan.steps), state_sharding=shardings),
-        zero_sums=make_zero_sums(state.trainable, metric_names(recipe.objective), sums_sharding=sums_sharding),
+        zero_sums=make_zero_sums(
+            state.trainable, metric_names(recipe.objective), sums_sharding=sums_sharding, averages=state.averages
+        ),
         work=work_of(recipe, config, data, measured.lengths, mesh),
         reference=reference_source(recipe, mesh),
         evaluate=evaluate or None,
@@ -262,7 +264,8 @@ def _loop(run: Session, state: TrainState) -> int:
             sums = run.zero_sums() if sums is None else sums
             with jax.transfer_guard("disallow"), clock.compiling(micro.bucket):
                 reference, key = run.reference(state), key_of(state.step)
-                sums, here = run.accumulate(state.trainable, state.frozen, reference, sums, batch, key)
+                averages = state.averages
+                sums, here = run.accumulate(state.trainable, state.frozen, reference, sums, batch, key, averages)
             seen.append(here)
             if not micro.last:
                 continue

@@ -20,6 +20,7 @@ from mmrlhf_jax.data.digit_boards.measures import reason, score
 from mmrlhf_jax.data.digit_boards.questions import TASKS, Question
 from mmrlhf_jax.data.digit_boards.world import (
     MAPPING,
+    RATED_MAPPING,
     SPLITS,
     WorldConfig,
     plain_world,
@@ -42,13 +43,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def prepared(world: Path, split: str, output: Path) -> int:
+def prepared(world: Path, split: str, output: Path, mapping: tuple[str, ...] = MAPPING) -> int:
     options = PrepareOptions(
         source="mapped",
         inputs=(str(world / f"{split}.jsonl"),),
         output=str(output),
         media=str(world / "media"),
-        source_options=SourceOptions(dict(pair.split("=") for pair in MAPPING)),
+        source_options=SourceOptions(dict(pair.split("=") for pair in mapping)),
     )
     return prepare(options).groups
 
@@ -173,6 +174,27 @@ def test_the_world_that_reward_models_were_measured_on_is_still_made(
         for file in sorted((tmp_path / "world" / "media").rglob("*.png")):
             pixels.update(file.relative_to(tmp_path / "world").as_posix().encode() + Image.open(file).tobytes())
         assert pixels.hexdigest() == "6e6af57c8ed7307c982095895240cdeca09103c70664d04b9e4f4e9b622f024b"
+
+
+def test_a_rated_world_is_the_same_world_with_ratings_and_facts(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    plain = plain_world(12, 1, seed=3)
+    for name, config in (("plain", plain), ("rated", dataclasses.replace(plain, rated=True))):
+        write_world(tmp_path / name, config)
+    rated = read_questions(tmp_path / "rated", "train")
+    assert [
+        {key: value for key, value in row.items() if key not in ("ratings", "facts")} for row in rated
+    ] == read_questions(tmp_path / "plain", "train")
+    assert {name for row in rated for each in row["ratings"] for name in each} == {
+        "correctness", "completeness", "brevity"
+    }  # fmt: skip
+    assert "rated" not in json.loads((tmp_path / "plain" / "world.json").read_text())
+    assert prepared(tmp_path / "rated", "train", tmp_path / "data", RATED_MAPPING) == 24
+    for group in open_dataset(str(tmp_path / "data")).groups():
+        row = next(row for row in rated if row["id"] == group.id)
+        assert group.facts == tuple(row["facts"])
+        of_text = dict(zip(row["answers"], row["ratings"], strict=True))
+        assert all(dict(response.ratings) == of_text[response.text] for response in group.responses)
 
 
 def test_the_same_configuration_makes_the_same_world_once(world: Path, tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import pytest
 from mmrlhf_jax.data.digit_boards.measures import (
     claims,
     critique_correctness,
+    facts,
     faults,
     measure,
+    ratings,
     reason,
     refused,
     score,
@@ -51,6 +53,29 @@ def test_the_right_answer_has_no_wrong_claim(scene: tuple, question: str, task: 
     found = faults(scene, question, right)
     assert (found.wrong, found.missing, found.claims) == ((), (), wrong_claims(scene, question, right)[1])
     assert refused(question, right) == (task == "unanswerable")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "correctness", "completeness", "brevity"),
+    [
+        (LIST, "3 empty 7, empty empty 4, 0 1 2.", 1, 1, 1 / 9),
+        (ROW, "empty 0 4.", 2 / 3, 1, 1 / 3),
+        (ROW, "empty.", 1, 1 / 3, 1),
+        (ROW, "empty empty 4 4.", 3 / 4, 1, 1 / 4),
+        (ROW, "", 0, 0, 1),
+        (ABSENT, "cannot tell.", 1, None, 1),
+        (WRITER, "cannot tell: not shown.", 1 / 2, None, 1 / 2),
+    ],
+)
+def test_answers_are_rated_in_what_is_counted(question, answer, correctness, completeness, brevity) -> None:
+    found = ratings(BOARD, question, answer)
+    assert found.get("completeness") == completeness
+    assert (found["correctness"], found["brevity"]) == pytest.approx((correctness, brevity))
+
+
+def test_facts_say_what_is_shown_a_text_a_picture() -> None:
+    assert facts(BOARD) == ["3 empty 7, empty empty 4, 0 1 2."]
+    assert facts(CLIP) == ["Frame 1: 3 empty, empty 4.", "Frame 2: 3 5, empty 4.", "Frame 3: 3 5, 8 4."]
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_the_same_response_twice_is_one_if_nothing_speaks_against_it(read: Any) 
         [flat(**twice, order=[1, 1, 2]), flat(**twice, order=[1, 2, 3])], source="mapped", mapping=FLAT
     )
     assert responses(groups[0]) == [("x", 0, "a"), ("y", 1, None)]
-    assert rejected == {2: "response 2 repeats an earlier one with another rank or score"}
+    assert rejected == {2: "response 2 repeats an earlier one with another rank, score or rating"}
 
 
 def test_repeated_queries_are_duplicates(read: Any, tmp_path: Path) -> None:
@@ -333,6 +333,45 @@ BAD_MAPPED = {
     "rank null": (flat(order=None), "rank of response 1 is null, a number was expected"),
     "reasons are text": (flat(why="because"), "reason is not a list, there are 3 responses"),
 }
+
+
+RATED = {**FLAT, "ratings": "rated", "facts": "known"}
+
+
+def test_ratings_are_those_there_are_and_facts_a_text_or_several(read: Any) -> None:
+    rated = [{"brief": 0.5, "kind": None}, None, {"kind": 2, "brief": 1}]
+    lines = [flat(rated=rated, known="A cat."), flat(q="b", rated=[{}] * 3, known=["one", "two"])]
+    groups, _, _ = read([*lines, flat(q="c", rated=[{}] * 3, known=None)], source="mapped", mapping=RATED)
+    assert {r.text: r.ratings for r in groups[0].responses} == {
+        "x": (("brief", 0.5),), "y": (), "z": (("brief", 1.0), ("kind", 2.0))
+    }  # fmt: skip
+    assert [group.facts for group in groups] == [("A cat.",), ("one", "two"), ()]
+    inside = {"prompt": "q", "responses": "answers", "text": "t", "ratings": "by.us"}
+    line = {"q": "?", "answers": [{"t": "x", "by": {"us": {"kind": 1}}}, {"t": "y", "by": {"us": None}}]}
+    (group,), _, _ = read([line], source="mapped", mapping=inside)
+    assert [r.ratings for r in group.responses] == [(("kind", 1.0),), ()]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"rated": [1, 2, 3]}, "ratings of response 1: an object attribute -> number was expected"),
+        ({"rated": [{"kind": "very"}, {}, {}]}, "ratings of response 1: 'kind' is a string, a number was expected"),
+        ({"rated": [{"kind": True}, {}, {}]}, "ratings of response 1: 'kind' is a boolean, a number was expected"),
+        ({"rated": [{}, {}]}, "ratings has 2 values, there are 3 responses"),
+        ({"rated": [{str(n): n for n in range(65)}, {}, {}]}, "65 attributes, more than 64"),
+        ({"known": ["a", ""]}, "fact 2 is empty"),
+        ({"known": {"a": 1}}, "fact 1 is an object, a string was expected"),
+        ({"known": ["a"] * 257}, "257 facts, more than 256: keep fewer"),
+        ({"answers": ["x", "x", "y"], "rated": [{"kind": 1}, {"kind": 2}, {}], "order": [1, 1, 2]}, "or rating"),
+    ],
+)
+def test_bad_ratings_and_facts_cost_their_row_only(read: Any, fields: dict[str, Any], reason: str) -> None:
+    good = flat(rated=[{}, {}, {}], known=None)
+    groups, rejected, _ = read([good, {**good, **fields}], source="mapped", mapping=RATED)
+    assert len(groups) == 1
+    assert rejected.keys() == {2}
+    assert reason in rejected[2]
 
 
 @pytest.mark.parametrize(("bad", "reason"), BAD_MAPPED.values(), ids=BAD_MAPPED.keys())

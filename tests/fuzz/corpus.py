@@ -291,6 +291,8 @@ def text_rows() -> dict[str, list[Any]]:
                 "r": [1, 2, 2],
                 "s": [3.5, 1, None],
                 "why": ["good", None, " "],
+                "by": [{"kind": 1, "brief": 0.5}, None, {"kind": None}],
+                "known": ["A cat.", "A mat."],
                 "pic": "a.png",
                 "n": {"id": 5},
             },
@@ -315,7 +317,8 @@ def text_rows() -> dict[str, list[Any]]:
             },
             {
                 "q": "What?",
-                "a": [{"t": "x", "r": 1, "s": 2}, {"t": "y", "r": 2, "s": 1}],
+                "a": [{"t": "x", "r": 1, "s": 2, "by": {"kind": 2}}, {"t": "y", "r": 2, "s": 1, "by": {}}],
+                "known": "A cat.",
                 "r": [1, 2],
                 "pic": "b.png",
                 "n": {"id": 6},

@@ -153,6 +153,8 @@ SOURCES: tuple[tuple[str, tuple[str, ...], tuple[SourceOptions, ...]], ...] = (
             SourceOptions({**_MAP, "image": "pic"}),
             SourceOptions({**_MAP, "text": "t", "rank": "r", "score": "s"}),
             SourceOptions({**_MAP, "text": "t", "rank": "/r"}),
+            SourceOptions({**_MAP, "ratings": "by", "facts": "known"}),
+            SourceOptions({**_MAP, "text": "t", "ratings": "by", "facts": "known"}),
             SourceOptions({**_MAP, "score": "s"}, by_score=True),
         ),
     ),

@@ -60,6 +60,8 @@ def write_config_case(rng: Random, directory: Path) -> None:
         mutate_file(rng, directory / name, twice, document("processor_config.json"))
     if rng.random() < 0.2:
         settings = {"head": "linear", "critique": True, "template": CRITIQUE, "system": None}
+        if rng.random() < 0.5:
+            settings |= {"critique": False, "attributes": ["kind", "brief"], "quantiles": 9, "facts": True}
         mutate_file(rng, directory / "reward.json", twice, settings)
     if rng.random() < 0.2:
         pieces = rng.choices((*CRITIQUE.split(), "{question}", "\n"), k=7) if rng.random() < 0.5 else [CRITIQUE, "\n"]

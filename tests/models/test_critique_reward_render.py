@@ -14,8 +14,11 @@ from mmrlhf_jax.models.critique_reward import config as reward_config
 from mmrlhf_jax.models.critique_reward.config import RewardSettings, fill, read_settings, read_template
 from mmrlhf_jax.models.critique_reward.render import (
     RewardRenderer,
+    check_facts,
     load_reward_renderer,
+    renderer_with,
     settings_for_training,
+    shows_facts,
     without_critiques,
 )
 from mmrlhf_jax.models.llava_onevision.render import load_renderer
@@ -251,3 +254,54 @@ def test_training_on_keeps_what_the_model_was_trained_with(directory, tmp_path):
     RewardSettings("tanh", True, None, "Be fair.").write(tmp_path)
     with pytest.raises(ValueError, match=r"brings no template: set reward.template"):
         settings_for_training(tmp_path, "tanh", True, "")
+
+
+# --- facts -----------------------------------------------------------------------------------------------------------
+
+
+def known(*facts: str) -> Group:
+    return dataclasses.replace(group(*TWO), facts=facts, media=())
+
+
+@pytest.mark.parametrize("critique", [True, False])
+def test_facts_stand_behind_the_question_and_nowhere_else(directory, critique):
+    template = read_template("") if critique else None
+    shown, plain = (
+        renderer_with(RewardSettings("linear", critique, template, facts=f), directory) for f in (True, False)
+    )
+    assert shows_facts(shown)
+    assert not shows_facts(plain)
+    facts = known("A cat on a mat.", "Options: A cat, B dog.")
+    last = facts.prompt[-1]
+    asked = dataclasses.replace(last, text=f"{last.text}\n[Facts]: A cat on a mat.\nOptions: A cat, B dog.")
+    expected = plain.render(dataclasses.replace(facts, prompt=(*facts.prompt[:-1], asked)), lambda data: data)
+    found = shown.render(facts, lambda data: data)
+    np.testing.assert_array_equal(found.prompt, expected.prompt)
+    for one, other in zip(found.branches, expected.branches, strict=True):
+        np.testing.assert_array_equal(one.token, other.token)
+    assert shown.measure(facts) == found.lengths
+    assert plain.measure(facts) == plain.measure(known())  # who is not shown them does not see them
+    assert shown.fingerprint != plain.fingerprint
+
+
+def test_a_group_without_facts_is_refused_and_counted(directory):
+    shown = renderer_with(RewardSettings("linear", False, facts=True), directory)
+    for call in (shown.measure, lambda asked: shown.render(asked, lambda data: data)):
+        with pytest.raises(
+            ValueError, match=r"no facts, and this reward model is shown them: prepare with .*facts=FIELD"
+        ):
+            call(known())
+    assert check_facts([known("a", "b"), known("c")]) == "3 facts of 2 groups are shown to the reward model"
+    with pytest.raises(ValueError, match=r"2 of 3 groups have no facts \(.*\), and this reward model"):
+        check_facts([known("a"), known(), known()])
+
+
+def test_that_facts_are_shown_stands_in_the_settings(directory, tmp_path):
+    settings = settings_for_training(directory, "linear", False, "", facts=True)
+    settings.write(tmp_path)
+    assert read_settings(tmp_path) == settings == RewardSettings("linear", False, facts=True)
+    with pytest.raises(ValueError, match=r"its facts are True, the recipe asks for False: set reward\.facts"):
+        settings_for_training(tmp_path, "linear", False, "")
+    (tmp_path / "reward.json").write_text('{"critique": false, "facts": 1}')
+    with pytest.raises(ValueError, match="facts is true or false"):
+        read_settings(tmp_path)

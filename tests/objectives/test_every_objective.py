@@ -29,6 +29,7 @@ from mmrlhf_jax.objectives import (
     AOTUnpaired,
     APODown,
     APOZero,
+    AttributeObjective,
     BetaDPO,
     ChosenNLL,
     ClassificationReward,
@@ -37,6 +38,7 @@ from mmrlhf_jax.objectives import (
     Hinge,
     LLaVARLHFReward,
     MarginReward,
+    MinAvgOut,
     Objective,
     PlackettLuce,
     RobustDPO,
@@ -73,7 +75,7 @@ SUMS = [
     REFUEL(eta=3.0),
     SELM(alpha=0.1),
 ]
-STEP_WIDE = [BetaDPO(kept=1.0, threshold=0.4), AOT(label_smoothing=0.1), AOTUnpaired(ld_alpha=0.4)]
+STEP_WIDE = [BetaDPO(kept=1.0, threshold=0.4, momentum=0.0), AOT(label_smoothing=0.1), AOTUnpaired(ld_alpha=0.4)]
 REWARDS = [MarginReward(scale=0.5), ClassificationReward(), TokenwiseReward()]
 CANCELS = (DPO, Hinge, EXO, RobustDPO, DiscoPOP, MMPO, VisitDPO, PlackettLuce, REFUEL, BetaDPO)
 
@@ -104,9 +106,10 @@ def gradient_of(objective, inputs) -> np.ndarray:
 
 
 def test_the_lists_above_are_all_of_them():
-    """Those that law 9 and test_reward.py hold to the same are left out here."""
+    """Those that law 9, test_reward.py, test_attributes.py and test_averages.py hold to the same are left out here."""
     tested = {type(o) for o in SUMS + STEP_WIDE + REWARDS} | {LLaVARLHFReward, CritiqueReward, ScalarReward}
     earlier = {OBJECTIVES[n] for n in ("supervised", "mmdpo", "mmdpo_released_factor", "mmdpo_released_batch")}
+    earlier |= {*typing.get_args(AttributeObjective), MinAvgOut}
     assert tested | earlier == set(OBJECTIVES.values())
     assert set(typing.get_args(Objective)) == set(OBJECTIVES.values())
 

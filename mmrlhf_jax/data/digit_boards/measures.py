@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from mmrlhf_jax.data.digit_boards.boards import Scene
-from mmrlhf_jax.data.digit_boards.questions import NO_NAMES, NOT_SHOWN, REFUSAL, TASKS, Question
+from mmrlhf_jax.data.digit_boards.questions import NO_NAMES, NOT_SHOWN, REFUSAL, TASKS, Question, said
 
 RIGHT, WRONG, SURPLUS = "right", "wrong", "surplus"
 
@@ -60,6 +60,29 @@ def score(scene: Scene, question: str, answer: str) -> float:
     """The known quality of an answer: how many of its claims are right. A margin is then a difference in claims."""
     wrong, total = wrong_claims(scene, question, answer)
     return float(total - wrong)
+
+
+def ratings(scene: Scene, question: str, answer: str) -> dict[str, float]:
+    """An answer in several attributes, each in [0, 1], counted as claims are:
+
+    correctness   the share of its claims that are right at their place
+    completeness  the share of what was asked for that it makes a claim about, right or wrong; left out where nothing
+                  can be told, since a refusal covers nothing
+    brevity       one over the number of its claims
+    """
+    asked = Question.parse(question)
+    due, made = claims(question, asked.answer(scene)), claims(question, answer)
+    right = sum(one == other for one, other in zip(due, made, strict=False))
+    found = {"correctness": right / max(1, len(made)), "brevity": 1 / max(1, len(made))}
+    if asked.task(scene) != "unanswerable":
+        found["completeness"] = min(1.0, len(made) / len(due))
+    return found
+
+
+def facts(scene: Scene) -> list[str]:
+    """What is true of a scene, a text a picture, as somebody who sees it would caption it."""
+    frames = [said(board) for board in scene]
+    return [f"Frame {n}: {text}" for n, text in enumerate(frames, 1)] if len(frames) > 1 else frames
 
 
 def refused(question: str, answer: str) -> bool:

@@ -7,7 +7,9 @@
 
 A line has the `question`, K `answers` by careless people, their exact `score` (right claims), the `rank` an annotator
 gave them, who is now and then wrong, and `reasons`, the critiques of somebody who sees the true scene; `board` or
-`frames` is what is true. Held-out boards are other boards, made of digit images that no training board shows.
+`frames` is what is true. In a world that is `rated` it has `ratings` too, an object attribute -> number for each answer
+(measures.ratings), and `facts`, captions of what is shown. Held-out boards are other boards, made of digit images that
+no training board shows.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from mmrlhf_jax.data.digit_boards.boards import (
     random_board,
     random_clip,
 )
-from mmrlhf_jax.data.digit_boards.measures import reason, score
+from mmrlhf_jax.data.digit_boards.measures import facts, ratings, reason, score
 from mmrlhf_jax.data.digit_boards.questions import LETTERS, TASKS, Question, Task
 
 SPLITS = ("train", "held_out")
@@ -42,6 +44,8 @@ MAPPING = (
     "id=id", "image=image", "video=video", "prompt=question", "responses=answers", "rank=rank", "score=score",
     "reason=reasons",
 )  # fmt: skip
+RATED_MAPPING = (*MAPPING, "ratings=ratings", "facts=facts")
+"""of a world that is `rated`"""
 MOST_ANSWERS = 5  # every question has as many different ones
 WORLD_VERSION = 3  # raise it whenever the same configuration would make other files
 
@@ -72,6 +76,8 @@ class WorldConfig:
     noise: float = 0.5
     """of an annotator who ranks: an answer worse by d claims is put above with probability sigmoid(-d / noise)"""
     seed: int = 0
+    rated: bool = False
+    """whether lines have `ratings` and `facts`; the rest of them is the same either way"""
 
     def __post_init__(self) -> None:
         if self.train_boards < 1 or self.held_out_boards < 1 or self.side < 2:
@@ -115,7 +121,10 @@ def write_world(directory: Path, config: WorldConfig) -> bool:
 
     Raises ValueError when scikit-learn is missing or the directory holds another world.
     """
-    stated = json.dumps({"version": WORLD_VERSION, **dataclasses.asdict(config)}, indent=2) + "\n"
+    options = dataclasses.asdict(config)
+    if not config.rated:
+        del options["rated"]  # such a world is the one that was made before there were others
+    stated = json.dumps({"version": WORLD_VERSION, **options}, indent=2) + "\n"
     if directory.exists():
         if not (directory / "world.json").exists() or (directory / "world.json").read_text() != stated:
             raise ValueError(f"{directory} holds something other than this world: name another directory")
@@ -218,10 +227,14 @@ def _answered(scene: Scene, question: Question, config: WorldConfig, rng: random
     count = fewest if fewest == most else rng.randint(fewest, most)
     said = answers(scene, question, count, config.careless, rng)
     scores = [score(scene, question.text, text) for text in said]
+    more: dict[str, Any] = {}
+    if config.rated:
+        more = {"ratings": [ratings(scene, question.text, text) for text in said], "facts": facts(scene)}
     return {
         "question": question.text,
         "answers": said,
         "rank": annotated_ranks(scores, config.noise, rng),
         "score": scores,
         "reasons": [reason(scene, question.text, text) for text in said],
+        **more,
     }

@@ -1,11 +1,13 @@
 """Full-annotation files, one query a row, with field names given by the user: `--map responses=answers rank=rank`.
 
-Targets: `prompt` and `responses` (needed), `id`, `image`, `video`, and for each response `text`, `rank`, `score`,
-`reason`. A value is a dotted path from the row's top. `responses` may be
-- a list of strings, or an object name -> string: `rank`, `score`, `reason` are then lists beside it (or objects with
-  the same names);
-- a list of objects: `text`, `rank`, `score`, `reason` are looked up inside each response; a path that starts with
-  `/` is looked up from the row's top instead.
+Targets: `prompt` and `responses` (needed), `id`, `image`, `video`, `facts`, and for each response `text`, `rank`,
+`score`, `reason`, `ratings`. A value is a dotted path from the row's top. `responses` may be
+- a list of strings, or an object name -> string: `rank`, `score`, `reason`, `ratings` are then lists beside it (or
+  objects with the same names);
+- a list of objects: `text`, `rank`, `score`, `reason`, `ratings` are looked up inside each response; a path that starts
+  with `/` is looked up from the row's top instead.
+`ratings` is an object attribute -> number for each response, null or absent where nobody rated it. `facts` is a text
+about the pictures, or a list of them, that a reward model may be shown (captions, options); null where there is none.
 `rank` is numbers (1 = best, equal = tied) or a rank string `[1>2=3>4]` of positions counted from 1. Without `rank`
 no response is preferred to another, unless `SourceOptions.by_score` has the scores say it.
 """
@@ -38,12 +40,14 @@ from mmrlhf_jax.data.sources.rows import (
 from mmrlhf_jax.groups import Group, Origin, Pair, Response, Turn
 
 NEEDED = ("prompt", "responses")
-OF_RESPONSE = ("text", "rank", "score", "reason")
-TARGETS = (*NEEDED, "id", "image", "video", *OF_RESPONSE)
+OF_RESPONSE = ("text", "rank", "score", "reason", "ratings")
+TARGETS = (*NEEDED, "id", "image", "video", "facts", *OF_RESPONSE)
 
 _RANK_STRING = re.compile(r"\[?\s*(\d+(?:\s*[>=]\s*\d+)*)\s*\]?")
 _MAX_RANK_STRING = 8 * MAX_RESPONSES  # characters: positions of three digits, their signs and spaces
 _MISSING = object()
+_MAX_RATINGS = 64  # of a response; ArmoRM, the most known here, has 19
+_MAX_FACTS = 256  # of a row
 _MAX_PATHS, _MAX_PATH_DEPTH = 40, 4  # of a row, shown to who has to correct --map
 
 
@@ -88,8 +92,7 @@ def _check_mapping(options: SourceOptions) -> Mapping[str, str]:
 
 
 def _identity(group: Group, named: bool) -> object:
-    texts = tuple((r.text, r.rank, r.score, r.reason) for r in group.responses)
-    return (group.id if named else "", group.prompt, group.media, texts)
+    return (group.id if named else "", group.prompt, group.media, group.facts, group.responses)
 
 
 def _check_first(row: Row, mapping: Mapping[str, str]) -> None:
@@ -112,6 +115,7 @@ def _group(row: Row, mapping: Mapping[str, str], options: SourceOptions) -> Grou
         responses=tuple(responses),
         pairs=pairs,
         origins=(row.origin,),
+        facts=_facts(found.get("facts")),
     )
 
 
@@ -124,6 +128,13 @@ def _ranked(responses: list[Response], scores_rank: bool) -> tuple[list[Response
             raise RowError(f"{error}, by which they are ranked") from error
     ranked = sorted(responses, key=lambda response: response.rank)
     return ranked, tuple(Pair(i, j) for i, j in pairs_of([response.rank for response in ranked]))
+
+
+def _facts(value: Any) -> tuple[str, ...]:
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    if len(texts) > _MAX_FACTS:
+        raise RowError(f"{len(texts)} facts, more than {_MAX_FACTS}: keep fewer")
+    return tuple(text_of(text, f"fact {number}") for number, text in enumerate(texts, 1))
 
 
 def _fields(row: Row, mapping: Mapping[str, str]) -> dict[str, Any]:
@@ -178,16 +189,31 @@ def _responses(raw: Any, found: Mapping[str, Any]) -> list[Response]:
     if (count := len(texts)) > MAX_RESPONSES:
         raise RowError(f"{count} responses, more than {MAX_RESPONSES}: keep fewer")
     ranks = _ranks(found["rank"], count) if "rank" in found else [0] * count
-    scores, reasons = (_parallel(found.get(target), count, target) for target in ("score", "reason"))
+    scores, reasons, ratings = (
+        _parallel(found.get(target), count, target) for target in ("score", "reason", "ratings")
+    )
     return [
         Response(
             text=text_of(text, f"response {i + 1}"),
             rank=ranks[i],
             score=None if scores[i] is None else number_of(scores[i], f"score of response {i + 1}"),
             reason=optional_text_of(reasons[i], f"reason of response {i + 1}"),
+            ratings=_ratings(ratings[i], f"ratings of response {i + 1}"),
         )
         for i, text in enumerate(texts)
     ]
+
+
+def _ratings(value: Any, where: str) -> tuple[tuple[str, float], ...]:
+    """The attributes that were rated, by name."""
+    if value is None:
+        return ()
+    if not isinstance(value, dict):
+        raise RowError(f"{where}: an object attribute -> number was expected")
+    if len(value) > _MAX_RATINGS:
+        raise RowError(f"{where}: {len(value)} attributes, more than {_MAX_RATINGS}: map an object with fewer")
+    rated = {name: number for name, number in value.items() if number is not None}
+    return tuple((name, number_of(rated[name], f"{where}: {name[:80]!r}")) for name in sorted(rated))
 
 
 def _parallel(values: Any, count: int, target: str) -> list[Any]:
@@ -224,8 +250,8 @@ def _merge(responses: list[Response]) -> list[Response]:
     merged: dict[str, Response] = {}
     for number, response in enumerate(responses, 1):
         other = merged.setdefault(response.text, response)
-        if (other.rank, other.score) != (response.rank, response.score):
-            raise RowError(f"response {number} repeats an earlier one with another rank or score")
+        if (other.rank, other.score, other.ratings) != (response.rank, response.score, response.ratings):
+            raise RowError(f"response {number} repeats an earlier one with another rank, score or rating")
     return list(merged.values())
 
 

@@ -20,6 +20,8 @@ Head = Literal["linear", "tanh"]
 SETTINGS = "reward.json"
 MARKERS = ("[Question]:", "[LMM Response]:", "[Evaluation]:")
 FIELDS = ("{question}", "{answer}")
+MOST_OUTPUTS = 4096  # of a head
+_OPTIONAL = ("attributes", "quantiles", "facts")
 RELEASED_SHA256 = "7a824ae727d143f84cad78bb31ee2a8710e5682e34dc41f2a8a1d0d430450b94"
 """of the template MM-RLHF's released reward model was trained with"""
 _BUILT_IN = Path(__file__).parent / "template.txt"
@@ -27,9 +29,18 @@ _BUILT_IN = Path(__file__).parent / "template.txt"
 
 @dataclass(frozen=True)
 class CritiqueRewardConfig(LlavaOnevisionConfig):
-    """The policy's shape and that of the head: one linear layer, as published, or Linear-tanh-Linear, as released."""
+    """The policy's shape and that of the head: one linear layer, as published, or Linear-tanh-Linear, as released.
+
+    It has one output, a score; or `quantiles` (0: one) for each of `attributes`.
+    """
 
     head: Head = "linear"
+    attributes: tuple[str, ...] = ()
+    quantiles: int = 0
+
+    @property
+    def outputs(self) -> int:
+        return max(1, len(self.attributes)) * max(1, self.quantiles)
 
 
 @dataclass(frozen=True)
@@ -43,9 +54,29 @@ class RewardSettings:
     """the text with `{question}` and `{answer}` to be filled in; None: the released model's, which its user brings"""
     system: str | None = None
     """text of the system turn it was trained with; None leaves it to the chat template"""
+    attributes: tuple[str, ...] = ()
+    """what the head has outputs for, in their order; none: one output, a score"""
+    quantiles: int = 0
+    """outputs of each attribute, the quantiles q / (Q + 1) of its rating; 0: one, its mean"""
+    facts: bool = False
+    """True: a group's facts stand behind its question, and a group without any is refused"""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the outputs make no sense."""
+        if len(set(self.attributes)) < len(self.attributes) or not all(self.attributes):
+            raise ValueError(f"attributes are names, each once, not {', '.join(map(repr, self.attributes))}")
+        if self.quantiles and (self.quantiles < 2 or not self.attributes):
+            raise ValueError(f"{self.quantiles} quantiles: at least 2 (or 0), of attributes that are named")
+        if len(self.attributes) * max(1, self.quantiles) > MOST_OUTPUTS:
+            raise ValueError(f"{len(self.attributes)} attributes x {self.quantiles} quantiles are over {MOST_OUTPUTS}")
+        if self.attributes and self.critique:
+            raise ValueError("a head for attributes reads plain answers: it has no critique")
 
     def write(self, directory: epath.PathLike) -> None:
-        (epath.Path(directory) / SETTINGS).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """What says nothing is left out: a model of one score is described as it was before there were others."""
+        said = dataclasses.asdict(self)
+        said = {name: value for name, value in said.items() if name not in _OPTIONAL or value}
+        (epath.Path(directory) / SETTINGS).write_text(json.dumps(said, indent=2) + "\n")
 
 
 def read_settings(directory: epath.PathLike) -> RewardSettings | None:
@@ -55,7 +86,9 @@ def read_settings(directory: epath.PathLike) -> RewardSettings | None:
         return None
     try:
         raw: dict[str, Any] = read_json(file)
-        settings = RewardSettings(**raw)
+        settings = RewardSettings(**{**raw, **_outputs(raw)})
+        if type(settings.facts) is not bool:
+            raise ValueError("facts is true or false")
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{file}: not the settings of a reward model: {error}") from error
     texts = (settings.template, settings.system)
@@ -66,6 +99,15 @@ def read_settings(directory: epath.PathLike) -> RewardSettings | None:
     if settings.template is not None:
         check_template(settings.template, str(file))
     return settings
+
+
+def _outputs(raw: dict[str, Any]) -> dict[str, Any]:
+    """What a reward.json says of its head's outputs, in our types. Raises ValueError where it is none of them."""
+    attributes, quantiles = raw.get("attributes", []), raw.get("quantiles", 0)
+    named = isinstance(attributes, list) and all(isinstance(name, str) for name in attributes)
+    if not named or type(quantiles) is not int or quantiles < 0:
+        raise ValueError("attributes is a list of names, quantiles a whole number")
+    return {"attributes": tuple(attributes), "quantiles": quantiles}
 
 
 def read_template(path: str) -> str:

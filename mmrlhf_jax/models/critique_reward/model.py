@@ -7,6 +7,7 @@ model is the same with branches that are answers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,8 +29,8 @@ from mmrlhf_jax.nn.token_logps import TokenLogps
 class LinearHead:
     """One linear layer, as published."""
 
-    kernel: Any  # [D, 1]
-    bias: Any  # [1]
+    kernel: Any  # [D, O]; O = 1, or the outputs of all attributes one after another
+    bias: Any  # [O]
 
 
 @struct.dataclass
@@ -38,7 +39,7 @@ class TanhHead:
 
     dense_kernel: Any  # [D, D]
     dense_bias: Any
-    out_kernel: Any  # [D, 1]
+    out_kernel: Any  # [D, O]
     out_bias: Any
 
 
@@ -65,8 +66,8 @@ def declare(config: CritiqueRewardConfig) -> CritiqueReward:
 def declare_head(config: CritiqueRewardConfig) -> LinearHead | TanhHead:
     """A fresh head starts as torch's linear layers do, uniform in +-1/sqrt(D), as the released code's did."""
     d = config.decoder.embed
-    kernel = Param((d, 1), (None, None), "uniform", fan_in=d)
-    bias = Param((1,), (None,), "uniform", fan_in=d)
+    kernel = Param((d, config.outputs), (None, None), "uniform", fan_in=d)
+    bias = Param((config.outputs,), (None,), "uniform", fan_in=d)
     if config.head == "linear":
         return LinearHead(kernel, bias)
     dense = Param((d, d), ("embed", None), "uniform", fan_in=d)
@@ -78,12 +79,23 @@ def with_head(policy: LlavaOnevision, head: LinearHead | TanhHead) -> CritiqueRe
 
 
 def read_score(params: CritiqueReward, hidden: jax.Array) -> jax.Array:
-    """Final normalised hidden states [..., D] -> scores f32 [...]. In fp32 throughout: margins are differences."""
+    """Final normalised hidden states [..., D] -> scores f32 [...] of a head of one output.
+
+    Raises ValueError for a head of several, of which a score is made in more than one way.
+    """
+    output = read_outputs(params, hidden)
+    if output.shape[-1] != 1:
+        raise ValueError(f"a head of {output.shape[-1]} outputs has no one score: it is read in a direction")
+    return output[..., 0]
+
+
+def read_outputs(params: CritiqueReward, hidden: jax.Array) -> jax.Array:
+    """Final normalised hidden states [..., D] -> f32 [..., O]. In fp32 throughout: margins are differences."""
     x, head = hidden.astype(jnp.float32), jax.tree.map(lambda p: p.astype(jnp.float32), params.head)
     if isinstance(head, LinearHead):
-        return (_times(x, head.kernel) + head.bias)[..., 0]
+        return _times(x, head.kernel) + head.bias
     inner = jnp.tanh(_times(x, head.dense_kernel) + head.dense_bias)
-    return (_times(inner, head.out_kernel) + head.out_bias)[..., 0]
+    return _times(inner, head.out_kernel) + head.out_bias
 
 
 def _times(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -93,14 +105,39 @@ def _times(x: jax.Array, kernel: jax.Array) -> jax.Array:
 def branch_scores(params: CritiqueReward, hidden: jax.Array, batch: GroupBatch) -> jax.Array:
     """Scores f32 [B, K] read at every branch's end from hidden states [N, P+S, D]; of a response that is not there,
     garbage. Rows of separate branches fold back into their group."""
-    ends = jnp.take_along_axis(hidden, batch.branch_end[:, :, None], axis=1)
     with jax.named_scope("reward_head"):
-        return read_score(params, ends).reshape(batch.response_mask.shape)
+        return read_score(params, _ends(hidden, batch)).reshape(batch.response_mask.shape)
 
 
-def scores(params: CritiqueReward, config: LlavaOnevisionConfig, batch: GroupBatch, compute: Compute) -> jax.Array:
-    """Scores f32 [B, K] of every branch of every group."""
-    return branch_scores(params, llava_onevision.hidden_states(params.policy, config, batch, compute), batch)
+def _ends(hidden: jax.Array, batch: GroupBatch) -> jax.Array:
+    return jnp.take_along_axis(hidden, batch.branch_end[:, :, None], axis=1)
+
+
+def scores(
+    params: CritiqueReward,
+    config: LlavaOnevisionConfig,
+    batch: GroupBatch,
+    compute: Compute,
+    read: Callable[[CritiqueReward, jax.Array], jax.Array] = read_score,
+) -> jax.Array:
+    """Scores f32 [B, K] of every branch of every group; of a head of several outputs what `read` makes of hidden states
+    [..., D], [B, K, ...]."""
+    hidden = llava_onevision.hidden_states(params.policy, config, batch, compute)
+    with jax.named_scope("reward_head"):
+        found = read(params, _ends(hidden, batch))
+        return found.reshape(*batch.response_mask.shape, *found.shape[2:])
+
+
+def outputs(params: CritiqueReward, config: CritiqueRewardConfig, batch: GroupBatch, compute: Compute) -> jax.Array:
+    """All outputs of the head f32 [B, K, A, Q] at every branch's end: one a response is [B, K, 1, 1]."""
+    hidden = llava_onevision.hidden_states(params.policy, config, batch, compute)
+    with jax.named_scope("reward_head"):
+        return shaped(config, read_outputs(params, _ends(hidden, batch)).reshape(*batch.response_mask.shape, -1))
+
+
+def shaped(config: CritiqueRewardConfig, output: jax.Array) -> jax.Array:
+    """Outputs [..., O] as [..., A, Q]."""
+    return output.reshape(*output.shape[:-1], max(1, len(config.attributes)), max(1, config.quantiles))
 
 
 def scores_of_tokens(

@@ -19,7 +19,7 @@ from mmrlhf_jax.nn.lora import project
 from mmrlhf_jax.nn.params import Param
 from mmrlhf_jax.nn.remat import RematRung
 from mmrlhf_jax.nn.sharding import BATCH_AXES, constrain
-from mmrlhf_jax.nn.token_logps import TokenLogps, log_collisions, token_logps
+from mmrlhf_jax.nn.token_logps import TokenLogps, log_collisions, summed_distribution, token_logps
 
 
 @struct.dataclass
@@ -204,6 +204,19 @@ def collisions_of(params: LlavaOnevision, hidden: jax.Array, batch: GroupBatch, 
         return log_collisions(
             picked,
             qwen2.unembedding(params.decoder, picked.dtype),
+            chunk=compute.vocab_chunk,
+            shards=compute.vocab_shards,
+        )
+
+
+def summed_distribution_of(params: LlavaOnevision, hidden: jax.Array, batch: GroupBatch, compute: Compute) -> jax.Array:
+    """sum of loss_weight * distribution f32 [V] over all response tokens of a batch, with gradient."""
+    picked = jnp.take_along_axis(hidden, batch.predictor[:, :, None], axis=1)
+    with jax.named_scope("summed_distribution"):
+        return summed_distribution(
+            picked,
+            qwen2.unembedding(params.decoder, picked.dtype),
+            batch.loss_weight,
             chunk=compute.vocab_chunk,
             shards=compute.vocab_shards,
         )
