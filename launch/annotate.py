@@ -25,6 +25,7 @@ from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.rewards import REWARD, Critiques, cut_short, note_command, read_rewards, write_readable
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
 from mmrlhf_jax.inference.forward import ForwardConfig
+from mmrlhf_jax.inference.layout import in_layout
 from mmrlhf_jax.inference.reference import write_reference_logps
 from mmrlhf_jax.inference.reward import RewardModel, Scoring, write_rewards
 from mmrlhf_jax.inference.sample import SamplingConfig
@@ -32,6 +33,7 @@ from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.critique_reward.render import load_reward_renderer
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_renderer
+from mmrlhf_jax.nn.resharding import Layout
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.data import REFERENCE, reference_key
 from mmrlhf_jax.training.distributed import AgreedStop, is_speaker, job_lease, join_processes, say, wait_for_all
@@ -70,6 +72,8 @@ class Arguments:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     """how critiques are generated; changes none of them"""
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    layout: Layout = "split"
+    """reward: where parameters lie while critiques are decoded, as launch/generate.py has it"""
 
 
 def main() -> None:
@@ -97,7 +101,7 @@ def _check(arguments: Arguments) -> None:
     if arguments.what == "reward":
         return
     bare = Arguments(arguments.dataset, arguments.model, "reference")
-    for name in ("critiques", "samples", "template", "sampling", "decode"):
+    for name in ("critiques", "samples", "template", "sampling", "decode", "layout"):
         if getattr(arguments, name) != getattr(bare, name):
             raise UsageError(f"--{name} (or one of its fields) is for --with reward")
 
@@ -123,13 +127,14 @@ def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, st
     model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
     check_family(model, arguments.model, reward=True)
     renderer = load_reward_renderer(str(model.assets), arguments.render, template=arguments.template)
-    judge = RewardModel(model, renderer, mesh, compute)
+    fingerprint = model_fingerprint(model.config, model.params)
+    judge = RewardModel(in_layout(model, arguments.layout, mesh), renderer, mesh, compute)
     scoring = Scoring(
         arguments.critiques, arguments.samples, arguments.sampling, arguments.forward, arguments.decode
     ).of(judge)
     generated = scoring.critiques == "generated"
     key = {
-        **reference_key(model_fingerprint(model.config, model.params), renderer, arguments.dtype),
+        **reference_key(fingerprint, renderer, arguments.dtype),
         "critiques": scoring.critiques,
         "samples": scoring.samples,
         "sampling": dataclasses.asdict(scoring.sampling) if generated else None,
