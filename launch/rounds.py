@@ -1,6 +1,6 @@
 """Online rounds: a policy answers, its answers are scored and ranked, it trains on them, and again.
 
-    python launch/rounds.py --policy SFT --reward RM --recipe configs/rounds/dpo.py --prompts prompts.jsonl \\
+    python launch/rounds.py --policy SFT --reward RM --recipe configs/rounds/mm_dpo.py --prompts prompts.jsonl \\
         --media MEDIA --held-out held_out.jsonl --output runs/rounds --rounds 3
 
 Each round asks prompts of its own (a file as launch/generate.py reads it), samples K answers to each, scores them,
@@ -11,8 +11,8 @@ calls, printed before it runs: generate, prepare, annotate, train.
                direction  attributes of an answer along --direction NAME=WEIGHT ... (DPA): each --reward NAME=MODEL is
                           one, --attributes PROGRAM.py adds any, and a --world the true supported, claims and wrong
                claims     the share of its claims that are supported, fewer than --few-claims discounted (FActScore)
-    --select   best_vs_worst, all_pairs, max_gap    pairs, for a recipe with a preference objective (RLHF Workflow,
-                                                    SELM with --objective selm in it, factuality tuning)
+    --select   best_vs_worst, all_pairs, max_gap    pairs, for a recipe with a preference objective: RLHF Workflow,
+                                                    factuality tuning; SELM with its objective and --reference moving
                best       the best of K, for a recipe with Supervised: rejection sampling; with a direction DPA's
                steer      every answer under a prompt that says the levels of its attributes, for Supervised too; later
                           rounds ask for the best ones (SteerLM)

@@ -43,7 +43,9 @@ class Moved:
         return sum(self.received.values())
 
     def __str__(self) -> str:
-        most = max(self.received.values(), default=0)
+        if not self.bytes:
+            return f"parameters are {self.after}: no device had to be sent any"
+        most = max(self.received.values())
         return (
             f"parameters moved from {self.before} to {self.after}: {self.bytes / 2**20:.1f} MiB over "
             f"{len(self.received)} devices, at most {most / 2**20:.1f} MiB to one, in {self.seconds:.2f} s"

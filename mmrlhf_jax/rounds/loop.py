@@ -64,11 +64,6 @@ class Loop:
             return prompts_of_world(self._world, "held_out")
         return [] if self.options.held_out is None else read_prompt_file(self.options.held_out)
 
-    @functools.cache  # noqa: B019 - one loop a process
-    def _truth(self, split: str) -> dict[str, dict[str, Any]]:
-        assert self._world is not None
-        return {row["id"]: row for row in read_questions(self._world, split)}
-
     def _at(self, number: int, name: str) -> Path:
         return self.stages.output / f"round_{number}" / name
 
@@ -175,7 +170,7 @@ class Loop:
         parts = [attributes.of_rewards(found, dataset, absolute(model), name)
                  for name, model in rewards_of(self.options).items()]  # fmt: skip
         parts += [] if own is None else [attributes.of_program(found, own)]
-        parts += [] if self._world is None else [attributes.of_world(found, self._truth(split))]
+        parts += [] if self._world is None else [attributes.of_world(found, _truth_of(self._world, split))]
         for part in parts:
             known = [tuple({**a, **b} for a, b in zip(*both, strict=True)) for both in zip(known, part, strict=True)]
         write_lines(file, (
@@ -259,7 +254,7 @@ class Loop:
         file = self._at(number, "held_out.json")
 
         def measure() -> None:
-            truth = None if self._world is None else self._truth("held_out")
+            truth = None if self._world is None else _truth_of(self._world, "held_out")
             _write_json(file, figures.held_out_figures(read_lines(answers), read_lines(scored), truth))
 
         self._call(number, "held_out_measured", file, measure)
@@ -280,6 +275,12 @@ class Loop:
         _write_json(output / "results.json", {"rounds": found, "stages": taken})
         write_whole(to_path(output / "table.md"), "".join(f"{line}\n" for line in lines).encode())
         print("\n".join(["", *lines, "", f"the last policy: {self._policy(self.options.rounds)}"]))
+
+
+@functools.cache
+def _truth_of(world: Path, split: str) -> dict[str, dict[str, Any]]:
+    """What is true of each question of a world, by id."""
+    return {row["id"]: row for row in read_questions(world, split)}
 
 
 def _write_json(file: Path, found: Any) -> None:

@@ -113,8 +113,8 @@ def _check_scoring(options: Options) -> None:
         raise UsageError("--attributes is for --score direction, --score claims and --select steer")
     if unread := sorted(set(rewards) - read - ({*rewards} if options.score == "reward" else set())):
         raise UsageError(f"--reward {', '.join(unread)} is scored and nothing reads it: name it in --direction")
-    if options.attributes is not None and not Path(options.attributes).is_file():
-        raise UsageError(f"--attributes {options.attributes}: no such file")
+    if (program := options.attributes) is not None and not (program.endswith(".py") and Path(program).is_file()):
+        raise UsageError(f"--attributes {program}: no such .py file")
     if options.few_claims is not None and (options.score != "claims" or options.few_claims < 0):
         raise UsageError("--few-claims is for --score claims, and not negative")
 
