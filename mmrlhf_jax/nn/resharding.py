@@ -55,8 +55,8 @@ class Moved:
 def reshard(tree: Tree, shardings: Tree) -> tuple[Tree, Moved]:
     """The arrays of `tree` in `shardings`, a tree of the same structure, and what moving them took.
 
-    An array that moves is donated, one after the other, so that there is never more than one in both layouts. `tree`
-    must not be used afterwards.
+    Arrays move one after the other, and each is deleted where it was, so that there is never more than one in both
+    layouts. `tree` must not be used afterwards.
     """
     received, before = received_bytes(tree, shardings), describe(jax.tree.map(lambda x: x.sharding, tree))
     began = time.perf_counter()
@@ -68,7 +68,9 @@ def reshard(tree: Tree, shardings: Tree) -> tuple[Tree, Moved]:
 def _move(x: jax.Array, sharding: Sharding) -> jax.Array:
     if x.sharding.is_equivalent_to(sharding, x.ndim):
         return x
-    return jax.block_until_ready(jax.device_put(x, sharding, donate=True))
+    moved = jax.block_until_ready(jax.device_put(x, sharding, may_alias=False))
+    x.delete()  # jax cannot donate between layouts
+    return moved
 
 
 def received_bytes(tree: Any, shardings: Any) -> dict[int, int]:
