@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrlhf_jax.quickstart import measured_answers
+from mmrlhf_jax.rounds.attributes import WRONG
 from mmrlhf_jax.rounds.candidates import Row
 from mmrlhf_jax.study.table import MISSING, markdown
 
@@ -41,6 +42,19 @@ def held_out_figures(answers: Sequence[Row], scored: Sequence[Row], truth: Mappi
     return found
 
 
+def judge_accuracy(scored: Sequence[Row]) -> float | None:
+    """Of sampled answers to boards: the share of pairs with different numbers of wrong claims whose better one has the
+    higher score; equal is wrong. None where no truth is known, or no pair differs."""
+    right = [
+        one["score"] > other["score"]
+        for line in scored
+        for one in line["answers"]
+        for other in line["answers"]
+        if WRONG in one["attributes"] and one["attributes"][WRONG] < other["attributes"][WRONG]
+    ]
+    return statistics.fmean(right) if right else None
+
+
 def run_figures(run: Path) -> Figures:
     """Of the last steps of a run: mean loss and, of a preference run, implicit reward margin and accuracy."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -57,15 +71,17 @@ def table(rounds: Sequence[Figures], seconds: Mapping[str, float]) -> list[str]:
         "",
         "wrong claims: share of the claims of greedy held-out answers, counted against what is true; score, tokens: of",
         "the same answers. used, tied, near: prompts trained on; whose answers all score the same; that differ by less",
-        "than --min-gap. repeated: sampled answers that repeat another. margin, accuracy: implicit rewards of the",
-        "round's last steps, chosen less rejected and how often above it, against the round's reference",
+        "than --min-gap. repeated: sampled answers that repeat another. judge: of two sampled answers with different",
+        "numbers of wrong claims, how often the better one has the higher score. margin, accuracy: implicit rewards of",
+        "the round's last steps, chosen less rejected and how often above it, against the round's reference",
         "",
         *_seconds(len(rounds), seconds),
     ]
 
 
 HEAD = (
-    "round", "wrong claims", "score", "tokens", "cut", "used", "tied", "near", "pairs", "repeated", "margin", "accuracy"
+    "round", "wrong claims", "score", "tokens", "cut", "used", "tied", "near", "pairs", "repeated", "judge", "margin",
+    "accuracy",
 )  # fmt: skip
 
 
@@ -86,6 +102,7 @@ def _row(number: int, figures: Figures) -> list[str]:
         _share(held_out.get("cut")),
         *counts,
         _share(repeated),
+        _share(figures.get("judge")),
         _number(run.get("margin"), 2),
         _share(run.get("accuracy")),
     ]

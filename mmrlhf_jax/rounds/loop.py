@@ -268,6 +268,7 @@ class Loop:
             if number:
                 own |= {"counted": json.loads(counted.read_text())}
                 own |= {"run": figures.run_figures(self._at(number, "policy"))}
+                own |= {"judge": figures.judge_accuracy(read_lines(self._at(number, "scored.jsonl")))}
             found.append(own)
         taken = self.stages.taken()
         lines = figures.table(found, {name: each["seconds"] for name, each in taken.items()})
