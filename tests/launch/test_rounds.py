@@ -20,9 +20,7 @@ from mmrlhf_jax.training.model import load_model, model_fingerprint
 from mmrlhf_jax.training.recipe import INFERENCE
 
 RECIPES = ROOT / "configs"
-DECODING = (
-    "--decode.multiple", 16, "--decode.max-buckets", 1, "--sampling.max-new-tokens", 20, "--critique.max-new-tokens", 8,
-)  # fmt: skip
+DECODING = ("--decode.multiple", 16, "--decode.max-buckets", 1, "--sampling.max-new-tokens", 20)
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +62,7 @@ def fingerprint(model: Path) -> str:
 
 def test_a_run_killed_between_stages_ends_as_an_undisturbed_one(base, tmp_path):
     flags = ("--reward", base / "critique_reward", "--recipe", RECIPES / "rounds" / "mm_dpo.py", "--select",
-             "all_pairs", "--reference", "fixed")  # fmt: skip
+             "all_pairs", "--reference", "fixed", "--critique.max-new-tokens", 8)  # fmt: skip
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     said = done(rounds(base, whole, *flags))
     process = subprocess.Popen(
