@@ -27,6 +27,7 @@ from mmrlhf_jax.data.rewards import REWARD, Critiques, cut_short, note_command, 
 from mmrlhf_jax.data.rules import read_rule, write_scores_by_rule
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
 from mmrlhf_jax.inference.forward import ForwardConfig
+from mmrlhf_jax.inference.layout import in_layout
 from mmrlhf_jax.inference.reading import ReadingConfig, key_of
 from mmrlhf_jax.inference.reference import write_reference_logps
 from mmrlhf_jax.inference.reward import RewardModel, Scoring, write_rewards
@@ -36,6 +37,7 @@ from mmrlhf_jax.lease import lease
 from mmrlhf_jax.models.critique_reward.render import load_reward_renderer, shows_facts
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_renderer
+from mmrlhf_jax.nn.resharding import Layout
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.data import REFERENCE, reference_key
 from mmrlhf_jax.training.distributed import AgreedStop, is_speaker, job_lease, join_processes, say, wait_for_all
@@ -78,6 +80,8 @@ class Arguments:
     """how critiques are generated; changes none of them"""
     reading: Annotated[ReadingConfig, tyro.conf.arg(name="")] = field(default_factory=ReadingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    layout: Layout = "split"
+    """reward: where parameters lie while critiques are decoded, as launch/generate.py has it"""
 
 
 def main() -> None:
@@ -115,7 +119,7 @@ def _check(arguments: Arguments) -> None:
     if arguments.what != "reference":
         return
     bare = Arguments(arguments.dataset, "reference", arguments.model)
-    for name in ("critiques", "samples", "template", "sampling", "decode", "reading"):
+    for name in ("critiques", "samples", "template", "sampling", "decode", "layout", "reading"):
         if getattr(arguments, name) != getattr(bare, name):
             raise UsageError(f"--{name} (or one of its fields) is for --with reward")
 
@@ -141,7 +145,8 @@ def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, st
     model = load_model(arguments.model, mesh, ShardingRules(), rates=INFERENCE)
     check_family(model, arguments.model, reward=True)
     renderer = load_reward_renderer(str(model.assets), arguments.render, template=arguments.template)
-    judge = RewardModel(model, renderer, mesh, compute)
+    fingerprint = model_fingerprint(model.config, model.params)
+    judge = RewardModel(in_layout(model, arguments.layout, mesh), renderer, mesh, compute)
     scoring = Scoring(
         arguments.critiques,
         arguments.samples,
@@ -152,7 +157,7 @@ def _reward(arguments: Arguments, parts: Parts, mesh: Mesh, compute: Compute, st
     ).of(judge)
     generated = scoring.critiques == "generated"
     key = {
-        **reference_key(model_fingerprint(model.config, model.params), renderer, arguments.dtype),
+        **reference_key(fingerprint, renderer, arguments.dtype),
         "critiques": scoring.critiques,
         "samples": scoring.samples,
         "sampling": dataclasses.asdict(scoring.sampling) if generated else None,

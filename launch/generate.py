@@ -48,6 +48,7 @@ from mmrlhf_jax.inference.answers import (
 )
 from mmrlhf_jax.inference.engine import DecodeConfig, progress_bar
 from mmrlhf_jax.inference.forward import ForwardConfig
+from mmrlhf_jax.inference.layout import in_layout
 from mmrlhf_jax.inference.prompts import Prompts, dataset_prompts, read_prompts
 from mmrlhf_jax.inference.reading import ReadingConfig, key_of, reading_of
 from mmrlhf_jax.inference.reward import RewardModel, Scoring
@@ -57,6 +58,7 @@ from mmrlhf_jax.models.critique_reward.render import AnyRewardRenderer, load_rew
 from mmrlhf_jax.models.families import read_config
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, RenderOptions, load_renderer
+from mmrlhf_jax.nn.resharding import Layout
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.storage import to_path
 from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, job_lease, join_processes, say
@@ -107,6 +109,9 @@ class Arguments:
     """how answers are scored without critiques"""
     reading: Annotated[ReadingConfig, tyro.conf.arg(name="")] = field(default_factory=ReadingConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    layout: Layout = "split"
+    """where parameters lie while answers are decoded. split: as they train, each layer gathered for each token where
+    --mesh.fsdp is above 1; whole: moved once, so that every device keeps all that its share of --mesh.tensor needs"""
 
 
 @dataclass(frozen=True)
@@ -316,6 +321,7 @@ def _answer(work: Work, renderer: LlavaOnevisionRenderer) -> None:
     begin(work.file, {"model": model_fingerprint(model.config, model.params)})
     if work.finished:
         return
+    model = in_layout(model, arguments.layout, work.mesh)
     policy = Policy(model, renderer, work.mesh, work.compute)
     asked = Sampling(arguments.samples, arguments.sampling, arguments.decode)
     with progress_bar(unit="prompt", shown=is_speaker()) as bar:
@@ -327,6 +333,7 @@ def _score(work: Work, judging: Judging) -> None:
     begin(work.file, {"reward_model": model_fingerprint(model.config, model.params)})
     if work.finished:
         return
+    model = in_layout(model, work.arguments.layout, work.mesh)
     judge = RewardModel(model, judging.renderer, work.mesh, work.compute)
     shown = is_speaker() and judging.scoring.critiques == "generated"  # scoring without has a bar of its own
     with progress_bar(unit="prompt", shown=shown) as bar:

@@ -215,7 +215,7 @@ def annotate_command(recipe: Recipe, dataset: str) -> str:
         "--dataset",
         dataset,
         "--model",
-        recipe.model,
+        recipe.reference_model or recipe.model,
         "--with",
         "reference",
         "--dtype",

@@ -199,12 +199,16 @@ class Recipe:
 
     objective: Objective = field(default_factory=MMDPO)
     model: str = ""
-    """the starting point and the reference: a Hugging Face directory, a hub id, or a RUN"""
+    """the starting point and, unless `reference_model` names one, the reference: a Hugging Face directory, a hub id, or
+    a RUN"""
     dataset: str = ""
     """a directory made by launch/prepare.py, or a mixture file that names several"""
     reference: Literal["stored", "online", "lora_off"] = "stored"
     """stored: log-probs made by launch/annotate.py; online: a frozen copy of the starting model runs beside the
     policy; lora_off: the policy itself without its adapters, which costs no memory"""
+    reference_model: str = ""
+    """the reference, where it is not the model that training starts from, as in online rounds that keep to their first:
+    a MODEL with the same configuration and tokenizer"""
     margins: str = "data"
     """where MM-DPO's margins come from. data: the dataset's own column or scores; reward: differences of the scores
     that launch/annotate.py --with reward stored; where it stored several, one by name (reward-0123456789abcdef)"""
@@ -236,6 +240,11 @@ class Recipe:
             raise ValueError(f"data.mean = 'groups' weighs pairs, which {name} does not: leave it at 'pairs'")
         if not self.objective.needs_reference and self.reference != "stored":
             raise ValueError(f"reference = {self.reference!r} costs a second forward that this objective never reads")
+        if self.reference_model and not self.objective.needs_reference:
+            name = type(self.objective).__name__
+            raise ValueError(f"reference_model = {self.reference_model!r}: {name} reads no reference log-probs")
+        if self.reference_model and self.reference == "lora_off":
+            raise ValueError("reference = 'lora_off' is the model under the adapters: set no reference_model beside it")
         if self.margins != "data" and not self.objective.needs_margin:
             raise ValueError(f"margins = {self.margins!r}: {type(self.objective).__name__} reads no margins")
         if self.reward != RewardConfig() and not reward:

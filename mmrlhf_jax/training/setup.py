@@ -83,6 +83,26 @@ def starting_model(recipe: Recipe, mesh: Mesh) -> LoadedModel:
     )
 
 
+def other_reference(recipe: Recipe, start: LoadedModel, renderer: Renderer, mesh: Mesh) -> LoadedModel | None:
+    """The recipe's reference_model, None where it names none.
+
+    Raises ValueError where its configuration is not that of the model training starts from, or where it reads other
+    tokens.
+    """
+    if not recipe.reference_model:
+        return None
+    found = load_model(recipe.reference_model, mesh, recipe.sharding, rates=INFERENCE)
+    check_family(found, recipe.reference_model, reward=False)
+    if found.config != start.config:
+        raise ValueError(f"{recipe.reference_model} and {recipe.model} differ in config.json: no reference for it")
+    if load_renderer(str(found.assets), recipe.render).fingerprint != renderer.fingerprint:
+        raise ValueError(
+            f"{recipe.reference_model} and {recipe.model} differ in tokenizer or chat template: log-probs of the one "
+            "are none of the other"
+        )
+    return found
+
+
 def reward_settings(recipe: Recipe, assets: epath.PathLike) -> RewardSettings | None:
     """The reward.json of the run, given the assets it starts from; None where a policy is trained."""
     if not isinstance(recipe.objective, RewardObjective):
@@ -237,14 +257,16 @@ def _innermost(error: BaseException) -> str:
     return shorten(f"{type(error).__name__}: {error}".split("\n")[0], 240, placeholder=" ...")
 
 
-def reference_source(recipe: Recipe, mesh: Mesh) -> Callable[[TrainState], Any]:
-    """What gives the reference model at a state; None where log-probs are stored or unused."""
+def reference_source(recipe: Recipe, mesh: Mesh, other: LoadedModel | None = None) -> Callable[[TrainState], Any]:
+    """What gives the reference model at a state; None where log-probs are stored or unused. `other`: the recipe's
+    reference_model."""
     if not recipe.objective.needs_reference or recipe.reference == "stored":
         return lambda state: None
     if recipe.reference == "lora_off":
         # asked for at every step: a step's state is donated to the next
         return lambda state: sharing_tower(recipe, lora.strip(combine(state.trainable, state.frozen)))
-    copy = sharing_tower(recipe, load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE).params)
+    frozen = other or load_model(recipe.model, mesh, recipe.sharding, rates=INFERENCE)
+    copy = sharing_tower(recipe, frozen.params)
     return lambda state: copy
 
 

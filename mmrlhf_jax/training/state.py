@@ -55,8 +55,9 @@ def loading_rates(recipe: Recipe) -> PartRates:
 
 def sharing_tower(recipe: Recipe, reference: Any) -> Any:
     """`reference` as the step takes it: a tower that never moves is the policy's, and every picture is seen once for
-    both."""
-    return reference if recipe.optimizer.rates.tower else dataclasses.replace(reference, tower=None)
+    both. A reference that is another model keeps its own."""
+    own = recipe.optimizer.rates.tower or recipe.reference_model
+    return reference if own else dataclasses.replace(reference, tower=None)
 
 
 def with_dtypes(declared: Tree, rates: PartRates, frozen: Mapping[str, str] | str) -> Tree:

@@ -54,6 +54,7 @@ from mmrlhf_jax.training.setup import (
     check_resumable,
     compute_of,
     first_state,
+    other_reference,
     reference_source,
     renderer_of,
     resume,
@@ -101,6 +102,7 @@ def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
 
     # --- data --------------------------------------------------------------------------------------------------------
     renderer = renderer_of(recipe, start)
+    other = other_reference(recipe, start, renderer, mesh)
     measured = measure_data(recipe, open_dataset(recipe.dataset), renderer)
     config = start.config
     fitted = fit(
@@ -120,8 +122,12 @@ def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
         "dataset": measured.dataset.fingerprint,
         "renderer": renderer.fingerprint,
         **({} if measured.scores is None else {"margins": scores_fingerprint(measured.scores)}),
+        **({} if other is None else {"reference": model_fingerprint(other.config, other.params)}),
     }
-    loader = with_reference(data.loader, measured.dataset, recipe, fingerprints["model"], renderer)
+    referred = fingerprints.get("reference", fingerprints["model"])
+    if recipe.reference == "stored":
+        other = None  # it was loaded for its fingerprint; its log-probs are there
+    loader = with_reference(data.loader, measured.dataset, recipe, referred, renderer)
     held_out = None
     if recipe.evaluation.every:
         aside = measured
@@ -129,7 +135,7 @@ def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
             aside = measure_data(recipe, open_dataset(recipe.evaluation.dataset), renderer, held_out=True)
             fingerprints["evaluation"] = aside.dataset.fingerprint
         held_out = plan_held_out(recipe, aside, config, share)
-        watched = with_reference(held_out.loader, aside.dataset, recipe, fingerprints["model"], renderer)
+        watched = with_reference(held_out.loader, aside.dataset, recipe, referred, renderer)
         held_out = dataclasses.replace(held_out, loader=watched)
     position = {"plan": data.plan.fingerprint, **fingerprints}
     check_agreement("recipe, model or data", json.dumps([flatten(recipe), position]))
@@ -164,7 +170,7 @@ def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
             state.trainable, metric_names(recipe.objective), sums_sharding=sums_sharding, averages=state.averages
         ),
         work=work_of(recipe, config, data, measured.lengths, mesh),
-        reference=reference_source(recipe, mesh),
+        reference=reference_source(recipe, mesh, other),
         evaluate=evaluate or None,
         records=records,
         checkpoints=checkpoints,
