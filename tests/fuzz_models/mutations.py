@@ -130,8 +130,20 @@ def dumps(document: Any) -> bytes:
         return b"[" * 5000 + b"]" * 5000
 
 
-def mutate_file(rng: Random, path: Path, change: Callable[[Random, Any], Any], document: Any) -> None:
-    """Writes `document` to `path`: changed as a document, then as text, or something that is no such file."""
+def local(text: bytes) -> bytes:
+    """For what names other directories: a bucket would be asked, over the network, and for long where there is none."""
+    return text.replace(b"gs://", b"gs:/")
+
+
+def mutate_file(
+    rng: Random,
+    path: Path,
+    change: Callable[[Random, Any], Any],
+    document: Any,
+    written: Callable[[bytes], bytes] = bytes,
+) -> None:
+    """Writes `document` to `path`: changed as a document, `written`, then changed as text, or something that is no
+    such file."""
     kind = rng.randrange(40)
     if kind == 0:
         return
@@ -145,5 +157,5 @@ def mutate_file(rng: Random, path: Path, change: Callable[[Random, Any], Any], d
         with path.open("wb") as file:
             file.truncate(rng.choice((0, 2**20, 2**36)))
     else:
-        text = dumps(change(rng, document))
+        text = written(dumps(change(rng, document)))
         path.write_bytes(mutate_json_text(rng, text) if kind < 12 else text)

@@ -18,7 +18,7 @@ from unittest import mock
 
 from etils import epath
 from fuzz_models.harness import Reader
-from fuzz_models.mutations import dumps, mutate_bytes, mutate_document, mutate_file, strange
+from fuzz_models.mutations import dumps, local, mutate_bytes, mutate_document, mutate_file, strange
 from fuzz_models.samples import file_of, mesh, tiny_config, twice
 
 from mmrlhf_jax.models import files
@@ -50,7 +50,7 @@ def write_run_case(rng: Random, directory: Path) -> None:
     start = {"base": "owner/base", "lora": _LORA, "fingerprint": "x"}
     if rng.random() < 0.1:
         start["base"] = str(directory)
-    mutate_file(rng, directory / "start.json", twice, start)
+    mutate_file(rng, directory / "start.json", twice, start, local)
     _write_notes(rng, directory)
 
 
@@ -209,7 +209,7 @@ def write_checkpoint_case(rng: Random, directory: Path) -> None:
     if rng.random() < 0.05:
         (directory / "base").mkdir()
         settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(directory / "base")}
-        (directory / adapter.CONFIG).write_bytes(dumps(twice(rng, settings)))
+        (directory / adapter.CONFIG).write_bytes(local(dumps(twice(rng, settings))))
         (directory / "which").write_text("")
         _write_base(rng, directory / "base")
         return
