@@ -29,11 +29,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def write_recipe(file: Path, base: Path, objective: Objective) -> Path:
-    """A recipe that is `base` under another objective, each of its options spelled out."""
+    """A recipe that is `base` under another objective, each of its options spelled out; in one bucket where a step has
+    to be one micro-batch, which changes how the same groups are laid out and not what is learned from them."""
     file.parent.mkdir(exist_ok=True)
     name = type(objective).__name__
+    data = ", data=dataclasses.replace(base.data, max_buckets=1)" if objective.needs_step_statistics else ""
+    layout = " in one bucket" if data else ""
     file.write_text(
-        f'''"""Of launch/study.py --family: {base.stem}.py with the objective {name}, and nothing else changed."""
+        f'''"""Of launch/study.py --family: {base.stem}.py{layout} with the objective {name}; nothing else changes."""
 
 import dataclasses
 
@@ -41,7 +44,7 @@ from mmrlhf_jax.objectives import {name}
 from mmrlhf_jax.training.recipe import read_recipe
 
 base = read_recipe({str(base)!r})
-recipe = dataclasses.replace(base, objective={objective!r})
+recipe = dataclasses.replace(base, objective={objective!r}{data})
 '''
     )
     return file
