@@ -62,10 +62,10 @@ def _policies() -> dict[str, Arm]:
         if not isinstance(objective, RewardObjective):
             margins = MARGINS if objective.needs_margin else None
             found[arm_name(name)] = Arm(_title(name, objective), DPO_RECIPE, margins, objective=objective)
-    best = ("--data.responses", "best")
+    best, nll = ("--data.responses", "best"), DPO(gamma=0.25)
     return found | {
         "supervised_best": Arm("supervised, best answers only", DPO_RECIPE, flags=best, objective=Supervised()),
-        "dpo_nll": Arm("dpo, gamma 0.25", DPO_RECIPE, objective=DPO(gamma=0.25)),
+        "dpo_nll": Arm(_title("dpo", nll), DPO_RECIPE, objective=nll),
     }
 
 
@@ -83,8 +83,11 @@ def _rewards() -> dict[str, Source]:
 
 
 def _title(name: str, objective: Objective) -> str:
+    """Its name, with what is not the registry's default, and the weight of the preferred answers' NLL if any."""
+    gamma = getattr(objective, "gamma", 0.0)
+    named = {**PUBLISHED.get(name, {}), **({"gamma": gamma} if gamma else {})}
     mark = " (visits: †)" if isinstance(objective, VisitDPO) else ""
-    return ", ".join([name, *(f"{option} {value:g}" for option, value in PUBLISHED.get(name, {}).items())]) + mark
+    return ", ".join([name, *(f"{option} {value:g}" for option, value in named.items())]) + mark
 
 
 _REWARDS = _rewards()

@@ -91,8 +91,9 @@ def family_lines(summary: Summary, policies: Titles, scores: Titles) -> list[str
         "All from one SFT run a seed, for as many steps of as many groups in one order; a step's operations are shown.",
         "forwards: of every answer before training, by the reference and by the reward model whose margins are read;",
         "one is a third of a step's operations, and that model's own training is not counted. Options are the defaults",
-        "of --list-objectives but for those named, which are the papers'. Rate, batch and steps are those chosen for",
-        "DPO on another seed: none was tuned for itself. †: reads how many claims are right, which no other is told.",
+        "of --list-objectives but for those named, which are the papers'; gamma, the weight of the preferred answers'",
+        "NLL, is named wherever it is not 0. Rate, batch and steps are those chosen for DPO with gamma 0.25 on another",
+        "seed: none was tuned for itself. †: reads how many claims are right, which no other is told.",
     ]
     lines += _section(
         "Wrong claims of greedy answers; untold questions and others refused; claims an answer; pairs of held-out "

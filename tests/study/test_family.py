@@ -27,6 +27,11 @@ def test_every_objective_is_a_member_once_with_its_own_defaults_or_its_papers() 
         defaults = OBJECTIVES[name]()
         assert all(getattr(defaults, option) != value for option, value in options.items())
         assert all(f"{option} {value:g}" in MEMBERS[name].title for option, value in options.items())
+    assert {name: arm.title for name, arm in FAMILY.arms.items() if "gamma" in arm.title} == {
+        **{name: f"{name}, gamma 0.25" for name in ("mmdpo", "mmdpo_released_factor", "mmdpo_released_batch")},
+        "mpo": "mpo, gamma 1",
+        "dpo_nll": "dpo, gamma 0.25",
+    }
 
 
 @pytest.mark.parametrize("name", MEMBERS)
