@@ -21,6 +21,13 @@ and MM-DPO at other w and k (--grid-seeds). Held-out answers are counted against
 seeds with the 95 % interval of Student's t; differences are paired by seed, as seeds differ more than arms. At the end
 OUTPUT/table.md, which is printed, and OUTPUT/results.json; of each seed OUTPUT/seed_N/results.json.
 
+    python launch/study.py --family --output runs/family
+
+is the second part, with an --output of its own: every objective that launch/train.py --list-objectives prints, as the
+quickstart's DPO run with that objective in place of its own, and SFT on the best answers, held against DPO; and every
+reward objective, by the held-out pairs that it ranks right. Margins are those of a scalar reward model. Options are the
+defaults that --list-objectives shows, or the papers' where those are far off. The table is sorted by wrong claims.
+
 Steps and rates were chosen on seed 0, which is therefore not among the seeds by default, and are the same for all arms:
 none was tuned for itself. Every stage is a program a user calls, printed before it runs: into seed_N/log.txt where
 seeds run side by side. It runs on the CPU unless JAX_PLATFORMS says otherwise. The same command again resumes, with
@@ -52,10 +59,23 @@ from mmrlhf_jax.quickstart import (
     model_of_world,
 )
 from mmrlhf_jax.stages import Stages, claimed, stop_on_sigterm, worked_on
-from mmrlhf_jax.study.arms import ARMS, BASELINES, GRID, HELD_AGAINST, SCORE_TITLES, SFT, SOURCES, TITLES, Arm, Source
+from mmrlhf_jax.study.arms import (
+    ARMS,
+    GRID,
+    HELD_AGAINST,
+    SCORE_TITLES,
+    SFT,
+    STUDY,
+    TITLES,
+    WITHOUT_MODEL,
+    Arm,
+    Part,
+    Source,
+    extra_forwards,
+)
 from mmrlhf_jax.study.at_once import Job, run_at_once
 from mmrlhf_jax.study.figures import BEFORE, policy_figures, score_figures, scores_without_model, step_figures
-from mmrlhf_jax.study.report import lines_of
+from mmrlhf_jax.study.report import family_lines, lines_of
 from mmrlhf_jax.study.summary import Summary, summarise
 
 LAUNCH = Path(__file__).resolve().parent
@@ -71,8 +91,11 @@ class Arguments:
     """directory of everything that is made, a directory a seed; the same command again resumes"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # seed 0 is where the recipes' steps and rates were chosen
     """of the world, the model's weights and the order of the data: everything is done anew for each"""
-    arms: tuple[str, ...] = tuple(ARMS)
-    """what to compare, see above; reward models that none of them needs are not trained"""
+    family: bool = False
+    """instead: every objective side by side, see above"""
+    arms: tuple[str, ...] | None = None
+    """what to compare, see above, all by default; with --family names of objectives. Reward models that none of them
+    needs are not trained"""
     at_once: int = 2
     """so many seeds run side by side: one can use little more than one core. Each takes about 1 GiB of memory"""
     grid_seeds: int = 5
@@ -94,9 +117,10 @@ class Arguments:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UsageError("--seeds needs at least one seed, none negative and each once")
-        if not self.arms or len(set(self.arms)) < len(self.arms) or not set(self.arms) <= set(ARMS):
-            raise UsageError(f"--arms {' '.join(self.arms)}: name some of {', '.join(ARMS)}, each once")
-        if "dpo_mean_beta" in self.arms and "mm_dpo" not in self.arms:
+        names, known = self.names, self.part.names
+        if not names or len(set(names)) < len(names) or not set(names) <= set(known):
+            raise UsageError(f"--arms {' '.join(names)}: name some of {', '.join(known)}, each once")
+        if "dpo_mean_beta" in names and "mm_dpo" not in names:
             raise UsageError("--arms dpo_mean_beta needs mm_dpo, whose mean beta it takes")
         if self.at_once < 1:
             raise UsageError(f"--at-once {self.at_once} is not positive")
@@ -104,15 +128,38 @@ class Arguments:
             raise UsageError(f"--grid-seeds {self.grid_seeds} is negative")
 
     @property
+    def part(self) -> Part:
+        """Of the study."""
+        if not self.family:
+            return STUDY
+        from mmrlhf_jax.study.family import FAMILY  # knows objectives, hence jax, which the first part does without
+
+        return FAMILY
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what is compared: arms, and rewards."""
+        return self.part.names if self.arms is None else self.arms
+
+    @property
     def sources(self) -> dict[str, Source]:
-        """Of the margins that the arms need."""
-        needed = {ARMS[arm].margins for arm in self.arms}
-        return {name: source for name, source in SOURCES.items() if name in needed}
+        """Of the margins that the arms need, and the rewards that are compared themselves."""
+        return self.part.sources_of(self.names)
+
+    @property
+    def margins(self) -> set[str]:
+        """The sources whose scores of the training answers are read."""
+        return self.part.margins_of(self.names)
+
+    @property
+    def policies(self) -> dict[str, Arm]:
+        """The arms, in an order in which each finds what it takes from another."""
+        return {name: arm for name, arm in self.part.arms.items() if name in self.names}
 
     @property
     def of_grid(self) -> tuple[int, ...]:
         """The seeds of the grid of w and k."""
-        return self.seeds[: self.grid_seeds] if "mm_dpo" in self.arms else ()
+        return self.seeds[: self.grid_seeds] if "mm_dpo" in self.names else ()
 
 
 def main() -> None:
@@ -120,9 +167,9 @@ def main() -> None:
     stop_on_sigterm()
     arguments = tyro.cli(Arguments, prog="study.py", description=__doc__)
     output = Path(arguments.output)
-    free = ("output", "seeds", "arms", "grid_seeds", "at_once")
+    free = ("output", "seeds", "family", "arms", "grid_seeds", "at_once")
     options = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in free}
-    with claimed(output, "study", options):
+    with claimed(output, "family" if arguments.family else "study", options):
         _run(output, arguments, options)
 
 
@@ -136,7 +183,7 @@ def _run(output: Path, arguments: Arguments, options: Mapping[str, Any]) -> None
         with worked_on(output / f"seed_{seed}"):  # the lease of the whole is not held by a seed that outlives it
             _one_seed(Stages(output / f"seed_{seed}", LAUNCH), seed, arguments)
     found = {seed: _results(output / f"seed_{seed}", seed, arguments) for seed in arguments.seeds}
-    summary = summarise(found, BASELINES)
+    summary = summarise(found, arguments.part.baselines)
     stated = {"options": options, "seeds": found, "summary": summary.as_json()}
     (output / "results.json").write_text(json.dumps(stated, indent=1) + "\n")
     lines = _lines(summary, arguments)
@@ -148,7 +195,7 @@ def _run(output: Path, arguments: Arguments, options: Mapping[str, Any]) -> None
 def _budget(arguments: Arguments) -> list[str]:
     """How much will run, whether or not some of it has."""
     models = len({source.run for source in arguments.sources.values()})
-    seeds, arms, grid = len(arguments.seeds), len(arguments.arms), len(arguments.of_grid)
+    seeds, arms, grid = len(arguments.seeds), len(arguments.policies), len(arguments.of_grid)
     trained = seeds * (1 + models + arms) + grid * len(GRID)
     return [
         f"{seeds} seeds, each an SFT run, {models} reward models, {arms} arms; {grid} also {len(GRID)} other w and k:",
@@ -158,10 +205,11 @@ def _budget(arguments: Arguments) -> list[str]:
 
 def _stages(arguments: Arguments, seed: int) -> int:
     """How many stages a seed has."""
-    policies, sources = len(_arms(arguments, seed)), len(arguments.sources)
+    policies, sources, margins = len(_arms(arguments, seed)), len(arguments.sources), len(arguments.margins)
     models = len({source.run for source in arguments.sources.values()})
-    # world, model, two data sets, SFT and three stages to measure it, reference; scores of both splits, measured; arms
-    return 9 + models + 3 * sources + 4 * policies + ("dpo_pairs" in arguments.arms)
+    # world, model, two data sets, SFT and three stages to measure it, reference; scores of one split or both, measured;
+    # arms
+    return 9 + models + 2 * sources + margins + 4 * policies + ("dpo_pairs" in arguments.names)
 
 
 def _side_by_side(arguments: Arguments) -> None:
@@ -198,7 +246,8 @@ def _alone(arguments: Arguments, seed: int) -> list[str]:
         "reward-steps": arguments.reward_steps, "preference-steps": arguments.preference_steps,
     }  # fmt: skip
     words = [str(word) for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
-    return [sys.executable, str(Path(__file__)), *words, "--arms", *arguments.arms]
+    part = ["--family"] if arguments.family else []
+    return [sys.executable, str(Path(__file__)), *words, *part, "--arms", *arguments.names]
 
 
 def _minutes(output: Path, seed: int) -> float:
@@ -215,8 +264,7 @@ def _one_seed(stages: Stages, seed: int, arguments: Arguments) -> None:
 
 def _arms(arguments: Arguments, seed: int) -> dict[str, Arm]:
     """Of a seed, in an order in which each finds what it takes from another."""
-    asked = {name: arm for name, arm in ARMS.items() if name in arguments.arms}
-    return asked | (GRID if seed in arguments.of_grid else {})
+    return arguments.policies | (GRID if seed in arguments.of_grid else {})
 
 
 def _prepare(stages: Stages, seed: int, arguments: Arguments) -> None:
@@ -237,36 +285,56 @@ def _prepare(stages: Stages, seed: int, arguments: Arguments) -> None:
             "--input", world / f"{split}.jsonl", "--media", world / "media", "--map", *MAPPING,
             "--model", output / "model", "--output", data / split,
         )  # fmt: skip
-    _train(stages, BEFORE, SFT, output / "model", arguments.sft_steps, seed)
-    for run, recipe in {source.run: source.recipe for source in arguments.sources.values()}.items():
-        _train(stages, run, recipe, output / BEFORE, arguments.reward_steps, seed)
-    for name in arguments.sources:
-        for split in SPLITS:
-            _annotate_rewards(stages, name, split)
-        file = output / "scores" / f"{name}.json"
-        stages.call(
-            f"measure_scores_{name}",
-            file,
-            partial(_write, file, partial(score_figures, output, SOURCES[name].run, SOURCES[name].critiques)),
-        )
+    _train(stages, BEFORE, _recipe(SFT), output / "model", arguments.sft_steps, seed)
+    for name, source in arguments.sources.items():
+        _run_source(stages, name, source, seed, arguments)
     annotate_logps(stages, "train", BEFORE)
     _measure_policy(stages, BEFORE)
 
 
+def _recipe(name: str) -> Path:
+    return CONFIGS / f"{name}.py"
+
+
+def _recipe_of(stages: Stages, name: str, of: Arm | Source) -> Path:
+    """Its recipe; under an objective of its own, written beside what the seed makes."""
+    if of.objective is None:
+        return _recipe(of.recipe)
+    from mmrlhf_jax.study.family import write_recipe
+
+    return write_recipe(stages.output / "recipes" / f"{name}.py", _recipe(of.recipe), of.objective)
+
+
+def _run_source(stages: Stages, name: str, source: Source, seed: int, arguments: Arguments) -> None:
+    """Its reward model, unless another source has trained it, and its scores: on train those that are margins of
+    others, on held_out to measure."""
+    output, sources = stages.output, arguments.sources
+    if name == next(other for other, one in sources.items() if one.run == source.run):
+        recipe = _recipe_of(stages, name, source)
+        margins = _margins(output, sources, source.margins)
+        _train(stages, source.run, recipe, output / BEFORE, arguments.reward_steps, seed, margins)
+    for split in SPLITS:
+        if split != "train" or name in arguments.margins:
+            _annotate_rewards(stages, name, source, split)
+    file = output / "scores" / f"{name}.json"
+    figures = partial(score_figures, output, source.run, source.critiques)
+    stages.call(f"measure_scores_{name}", file, partial(_write, file, figures))
+
+
 def _train(
-    stages: Stages, run: str, recipe: str, model: Path, steps: int | None, seed: int, flags: Iterable[object] = ()
+    stages: Stages, run: str, recipe: Path, model: Path, steps: int | None, seed: int, flags: Iterable[object] = ()
 ) -> None:
     directory = stages.output / run
     stages.program(
-        run, directory / "complete.json", "train", CONFIGS / f"{recipe}.py", "--model", model,
+        run, directory / "complete.json", "train", recipe, "--model", model,
         "--dataset", stages.output / "data" / "train", "--output", directory, "--seed", seed,
         *(() if steps is None else ("--data.max-steps", steps)), *flags,
     )  # fmt: skip
 
 
-def _annotate_rewards(stages: Stages, name: str, split: str) -> None:
-    """Scores of every answer: on train the margins of MM-DPO, on held_out to measure."""
-    source, data = SOURCES[name], stages.output / "data" / split
+def _annotate_rewards(stages: Stages, name: str, source: Source, split: str) -> None:
+    """Scores of every answer."""
+    data = stages.output / "data" / split
     flags = ("--max-new-tokens", MOST_TOKENS, "--decode.multiple", MULTIPLE, "--decode.max-buckets", 1)
     stages.program(
         f"scores_{split}_{name}", data / "annotations", "annotate", "--dataset", data,
@@ -277,21 +345,22 @@ def _annotate_rewards(stages: Stages, name: str, split: str) -> None:
 
 
 def _run_arm(stages: Stages, name: str, arm: Arm, seed: int, arguments: Arguments) -> None:
-    flags = list(arm.flags)
-    if arm.margins is not None:
-        flags += ["--margins", _store(stages.output, SOURCES[arm.margins])]
+    flags = [*arm.flags, *_margins(stages.output, arguments.part.sources, arm.margins)]
     if name == "dpo_pairs":
         flags += ["--data.groups-per-step", _pairs_per_step(stages)]
     if name == "dpo_mean_beta":
         flags += ["--objective.beta", f"{step_figures(stages.output / 'mm_dpo')['beta']:.5f}"]
-    _train(stages, name, arm.recipe, stages.output / BEFORE, arguments.preference_steps, seed, flags)
+    recipe = _recipe_of(stages, name, arm)
+    _train(stages, name, recipe, stages.output / BEFORE, arguments.preference_steps, seed, flags)
     _measure_policy(stages, name)
 
 
-def _store(output: Path, source: Source) -> str:
-    """The name of a source's scores beside the training data: no two sources read scores behind the same critiques."""
-    (store,) = [s for s in find(output / "data" / "train", REWARD) if s.key["critiques"] == source.critiques]
-    return store.directory.name
+def _margins(output: Path, sources: Mapping[str, Source], name: str | None) -> list[str]:
+    """The flags that name a source's scores beside the training data: no two of them are behind the same critiques."""
+    if name is None:
+        return []
+    (store,) = [s for s in find(output / "data" / "train", REWARD) if s.key["critiques"] == sources[name].critiques]
+    return ["--margins", store.directory.name]
 
 
 def _pairs_per_step(stages: Stages) -> int:
@@ -302,7 +371,7 @@ def _pairs_per_step(stages: Stages) -> int:
         from mmrlhf_jax.study.cost import pairs_of_equal_cost
         from mmrlhf_jax.training.recipe import read_recipe
 
-        groups, pairs = (read_recipe(CONFIGS / f"{ARMS[name].recipe}.py") for name in ("dpo", "dpo_pairs"))
+        groups, pairs = (read_recipe(_recipe(ARMS[name].recipe)) for name in ("dpo", "dpo_pairs"))
         data = stages.output / "data" / "train"
         file.write_text(json.dumps(pairs_of_equal_cost(groups, pairs, stages.output / BEFORE, data)) + "\n")
 
@@ -341,13 +410,21 @@ def _results(output: Path, seed: int, arguments: Arguments) -> dict[str, Any]:
         **{name: json.loads((output / "scores" / f"{name}.json").read_text()) for name in arguments.sources},
     }
     measured = {policy: json.loads((output / "measured" / f"{policy}.json").read_text()) for policy in policies}
+    for kind, of in ((measured, arguments.policies), (scores, arguments.sources)):
+        for name, one in of.items():
+            if one.objective is not None:
+                kind[name]["extra_forwards"] = extra_forwards(one.objective, one.margins)
     found = {"policies": measured, "scores": scores}
     (output / "results.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
 def _lines(summary: Summary, arguments: Arguments) -> list[str]:
-    arms = {name: TITLES[name] for name in (BEFORE, *ARMS) if name in (BEFORE, *arguments.arms)}
+    if arguments.family:
+        titles = {BEFORE: TITLES[BEFORE], **{name: arm.title for name, arm in arguments.policies.items()}}
+        rewards = {name: source.title for name, source in arguments.sources.items()}
+        return family_lines(summary, titles, {**WITHOUT_MODEL, **rewards})
+    arms = {name: TITLES[name] for name in (BEFORE, *ARMS) if name in (BEFORE, *arguments.names)}
     grid = {name: TITLES[name] for name in GRID if name in summary.means["policies"]}
     scores = {name: title for name, title in SCORE_TITLES.items() if name in summary.means["scores"]}
     baselines = {name: TITLES[name] for name in HELD_AGAINST if name in arms}

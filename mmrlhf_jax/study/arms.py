@@ -2,31 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mmrlhf_jax.data.rewards import Critiques
 from mmrlhf_jax.study.figures import BEFORE
 
+if TYPE_CHECKING:
+    from mmrlhf_jax.objectives import Objective
+
 
 @dataclass(frozen=True)
 class Source:
-    """Where scores come from: a reward model, of a recipe under configs/, and the critiques they are read behind."""
+    """Where scores come from: a reward model, of a recipe under configs/ (its objective replaced by `objective`, where
+    there is one), and the critiques they are read behind. `margins`: the source of those it is itself trained on."""
 
     title: str
     run: str
     recipe: str
     critiques: Critiques
+    margins: str | None = None
+    objective: Objective | None = None
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to learn from the annotations: a recipe under configs/, and flags it is run with. `margins` is the source
-    of MM-DPO's, where they are not in the data."""
+    """A way to learn from the annotations: a recipe under configs/ (its objective replaced by `objective`, where there
+    is one), and flags it is run with. `margins` is the source of those it reads, where they are not in the data."""
 
     title: str
     recipe: str
     margins: str | None = None
     flags: tuple[object, ...] = ()
+    objective: Objective | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arms that are compared, where their margins come from, and what each kind is held against. `rewards`: sources
+    that are compared for their own sake, and can be asked for as arms can."""
+
+    arms: Mapping[str, Arm]
+    sources: Mapping[str, Source]
+    baselines: Mapping[str, tuple[str, ...]]
+    rewards: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What can be asked for."""
+        return (*self.rewards, *self.arms)
+
+    def margins_of(self, names: Iterable[str]) -> set[str]:
+        """The sources of margins that these arms and rewards need."""
+        asked = set(names)
+        found = [arm.margins for name, arm in self.arms.items() if name in asked]
+        found += [self.sources[name].margins for name in self.rewards if name in asked]
+        return {name for name in found if name is not None}
+
+    def sources_of(self, names: Iterable[str]) -> dict[str, Source]:
+        """Whose reward models are trained for these arms and rewards; each behind the source of its margins."""
+        names = set(names)
+        needed = self.margins_of(names) | (names & set(self.rewards))
+        return {name: source for name, source in self.sources.items() if name in needed}
+
+
+def extra_forwards(objective: Objective, margins: str | None) -> int:
+    """Forwards of every answer before an objective trains: the reference's, and that of the reward model whose margins
+    it reads."""
+    return int(objective.needs_reference) + int(margins is not None)
 
 
 SFT = "quickstart/sft_tasks"
@@ -55,10 +99,8 @@ GRID = {
     for w, k in W_AND_K
 }
 TITLES = {BEFORE: "SFT (before)", **{name: arm.title for name, arm in {**ARMS, **GRID}.items()}}
-SCORE_TITLES = {
-    "longer": "the longer answer",
-    "annotators": "annotators' ranks",
-    **{name: source.title for name, source in SOURCES.items()},
-}
+WITHOUT_MODEL = {"longer": "the longer answer", "annotators": "annotators' ranks"}
+SCORE_TITLES = {**WITHOUT_MODEL, **{name: source.title for name, source in SOURCES.items()}}
 HELD_AGAINST: tuple[str, ...] = ("dpo", "sft_best")  # and the grid against mm_dpo
 BASELINES = {"policies": (*HELD_AGAINST, "mm_dpo"), "scores": ("scalar",)}
+STUDY = Part(ARMS, SOURCES, BASELINES)

@@ -81,12 +81,13 @@ def step_figures(run: Path) -> dict[str, float]:
     return figures | {name: mean(step[key] for step in steps) for name, key in logged.items() if key in steps[0]}
 
 
-def score_figures(seed: Path, reward_model: str, critiques: str) -> dict[str, float]:
+def score_figures(seed: Path, reward_model: str, critiques: str) -> dict[str, Any]:
     """How often a reward model behind such critiques scores the better of two held-out answers higher and, of critiques
-    of its own, what is true."""
+    of its own, what is true; and what it took to train."""
     held_out = held_out_of(seed)
     rewards = stored_rewards(held_out.dataset, seed / reward_model, critiques, samples=1)
-    found = {"accuracy": pair_accuracy(held_out.groups, [reward.score for reward in rewards])}
+    accuracy = pair_accuracy(held_out.groups, [reward.score for reward in rewards])
+    found = {"accuracy": accuracy, "step": step_figures(seed / reward_model)}
     return found | (critique_measures(held_out.groups, rewards, held_out.truth) if critiques == "generated" else {})
 
 

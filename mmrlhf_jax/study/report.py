@@ -30,6 +30,13 @@ STEP = (
     Column("step/margin", "margin", share=False, digits=2),
     Column("step/beta", "beta", share=False, digits=4),
 )
+FAMILY_RESULTS = (Column("hallucination/all", "wrong claims"), *OTHERS[:4])
+FAMILY_STEP = (
+    Column("step/gigaflop", "GFLOP", share=False),
+    Column("step/seconds", "seconds", share=False, digits=3),
+    Column("extra_forwards", "forwards", share=False, digits=0),
+)
+FAMILY = (*FAMILY_RESULTS, *FAMILY_STEP)
 
 Titles = Mapping[str, str]
 
@@ -65,6 +72,43 @@ def lines_of(summary: Summary, arms: Titles, grid: Titles, scores: Titles, basel
         lines += table(summary.differences["scalar"], scores, SCORES[:1], signed=True)
     lines += _section("A mean step: groups (or pairs of two sequences), their pairs, operations, seconds, margin, beta")
     return [*lines, *table(policies, {**arms, **grid}, STEP)]
+
+
+def family_lines(summary: Summary, policies: Titles, scores: Titles) -> list[str]:
+    """Markdown of the study's second part, sorted. `policies` begin with the one before any; `scores`: reward models,
+    and who needs none."""
+    means = summary.means
+    before, *others = policies
+    others.sort(key=lambda name: means["policies"][name]["hallucination/all"].mean)
+    policies = {name: policies[name] for name in (before, *others)}
+    scores = {name: scores[name] for name in sorted(scores, key=lambda name: -means["scores"][name]["accuracy"].mean)}
+    answers = means["policies"][before]["answers"].mean
+    lines = [
+        f"Seeds {_listed(summary.seeds)}; {answers:.0f} questions about held-out boards and clips each.",
+        "Mean over seeds ± half of its 95 % interval (Student's t). Shares in %, differences in points. A * stands",
+        "where the interval of a difference leaves out 0: of twenty differences that are none, one has it by chance.",
+        "",
+        "All from one SFT run a seed, for as many steps of as many groups in one order; a step's operations are shown.",
+        "forwards: of every answer before training, by the reference and by the reward model whose margins are read;",
+        "one is a third of a step's operations, and that model's own training is not counted. Options are the defaults",
+        "of --list-objectives but for those named, which are the papers'; gamma, the weight of the preferred answers'",
+        "NLL, is named wherever it is not 0. Rate, batch and steps are those chosen for DPO with gamma 0.25 on another",
+        "seed: none was tuned for itself. †: reads how many claims are right, which no other is told.",
+    ]
+    lines += _section(
+        "Wrong claims of greedy answers; untold questions and others refused; claims an answer; pairs of held-out "
+        "answers whose better one has the higher log-prob; a mean step"
+    )
+    lines += table(means["policies"], policies, FAMILY)
+    if "dpo" in summary.differences:
+        lines += _section("Less DPO, paired by seed")
+        lines += table(summary.differences["dpo"], policies, FAMILY_RESULTS, signed=True)
+    lines += _section("Reward models: pairs of held-out answers whose better one is scored higher; a mean step")
+    lines += table(means["scores"], scores, (*SCORES, *FAMILY_STEP))
+    if "scalar_reward" in summary.differences:
+        lines += _section("Less scalar_reward, paired by seed")
+        lines += table(summary.differences["scalar_reward"], scores, SCORES[:1], signed=True)
+    return lines
 
 
 def _differences(summary: Summary, baseline: str, titles: Titles, title: str) -> list[str]:

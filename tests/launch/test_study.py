@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_world import ROOT, command, environment
+from small_world import ROOT, command, environment, metrics
 
 from mmrlhf_jax.command import UsageError
 
@@ -41,6 +41,8 @@ def study(*arguments: object) -> subprocess.CompletedProcess[str]:
         ({"grid_seeds": -1}, "--grid-seeds -1"),
         ({"at_once": 0}, "--at-once 0"),
         ({"boards": 0}, "--boards 0"),
+        ({"arms": ("ipo",)}, "--arms ipo: name some of sft_best, dpo"),
+        ({"family": True, "arms": ("mm_dpo",)}, "--arms mm_dpo: name some of scalar_reward"),
     ],
 )
 def test_what_makes_no_study_is_bad_usage(asked: dict[str, object], named: str) -> None:
@@ -55,6 +57,15 @@ def test_a_subset_of_arms_needs_the_reward_models_of_its_margins_only() -> None:
     assert list(arguments().sources) == ["scalar", "generated", "human"]
     assert arguments(arms=("dpo",)).of_grid == ()
     assert arguments(seeds=(7, 8, 9), grid_seeds=2).of_grid == (7, 8)
+
+
+def test_the_family_needs_the_scalar_reward_model_only_for_margins() -> None:
+    arguments = PROGRAM["Arguments"]
+    assert list(arguments(family=True, arms=("dpo", "ipo")).sources) == []
+    asked = arguments(family=True, arms=("tokenwise_reward", "mmpo"))
+    assert list(asked.sources) == ["scalar_reward", "tokenwise_reward"]
+    assert (asked.margins, list(asked.policies), asked.of_grid) == ({"scalar_reward"}, ["mmpo"], ())
+    assert len(arguments(family=True).names) == len(set(arguments(family=True).names)) > 34
 
 
 def interrupted(output: Path) -> None:
@@ -124,3 +135,34 @@ def test_a_study_goes_on_where_it_was_stopped_and_adds_up(tmp_path: Path) -> Non
     assert time.perf_counter() - began < 60
     assert again.stdout.count("done already") == stages
     assert (output / "table.md").read_text() in again.stdout
+
+
+@pytest.mark.slow
+def test_the_family_runs_resumes_and_says_what_each_costs(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    output, seed = tmp_path / "out", tmp_path / "out" / "seed_3"
+    asked = ("--family", "--output", output, *TINY[: TINY.index("--seeds")], "--seeds", 3, "--arms")
+    done = study(*asked, "dpo", "mmpo", "tokenwise_reward")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (stages,) = [int(line.split()[-4]) for line in done.stdout.splitlines() if line.endswith("stages in all")]
+    assert stages == len(list(seed.glob("stages/*.json")))
+
+    results = json.loads((seed / "results.json").read_text())
+    dpo, mmpo = (results["policies"][arm] for arm in ("dpo", "mmpo"))
+    assert [arm["extra_forwards"] for arm in (dpo, mmpo)] == [1, 2]
+    assert math.isclose(dpo["step"]["gigaflop"], mmpo["step"]["gigaflop"])
+    seen = [[line["rows"] for line in metrics(seed / arm)] for arm in ("dpo", "mmpo")]
+    assert seen[0] == seen[1]
+    assert set(results["scores"]) == {"longer", "annotators", "scalar_reward", "tokenwise_reward"}
+    assert (output / "table.md").read_text() in done.stdout
+
+    again = study(*asked, "dpo", "mmpo", "tokenwise_reward", "chosen_nll")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("done already") == stages
+    added = json.loads((seed / "results.json").read_text())["policies"]
+    assert added["chosen_nll"]["extra_forwards"] == 0
+    assert added["dpo"] == dpo
+
+    refused = study(*(word for word in asked if word not in ("--family", "--arms")))
+    assert refused.returncode == 2
+    assert "holds no study" in refused.stderr
