@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -202,15 +203,18 @@ class Checkpoints:
 def _opened(directory: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
     """Raises ValueError naming the checkpoints whose own metadata are none: orbax reads those of all, for their times,
     and says of none whose they are."""
+    mend = "Nothing was changed: move checkpoints like it elsewhere, or put back a copy"
+    if not storage.is_remote(directory) and (odd := manifest.odd_metadata(Path(directory))):
+        raise ValueError(f"{directory}: {odd}. {mend}")
     try:
         return ocp.CheckpointManager(directory, options=options)
     except Exception as error:
         found = ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ()
-        if not (odd := sorted(checkpoint.step for checkpoint in found if not _has_time(checkpoint))):
+        if not (steps := sorted(checkpoint.step for checkpoint in found if not _has_time(checkpoint))):
             raise
         raise ValueError(
-            f"{directory}: _CHECKPOINT_METADATA of {', '.join(map(str, odd))} is not what a run writes ("
-            f"{shown(str(error))}). Nothing was changed: move checkpoints like it elsewhere, or put back a copy"
+            f"{directory}: _CHECKPOINT_METADATA of {', '.join(map(str, steps))} is not what a run writes ("
+            f"{shown(str(error))}). {mend}"
         ) from error
 
 

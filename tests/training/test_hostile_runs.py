@@ -128,6 +128,22 @@ def test_a_checkpoint_whose_own_metadata_are_none_is_named(run: Path, text: str)
     assert not (run / "damaged").exists()
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "large"])
+def test_own_metadata_are_plain_and_small_before_they_are_read(run: Path, kind: str) -> None:
+    """A pipe was waited for without an end, and /dev/zero read until no memory was left."""
+    file = run / "checkpoints" / "1" / "_CHECKPOINT_METADATA"
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        with file.open("wb") as large:
+            large.truncate(2**36)
+    with pytest.raises(ValueError, match=r"checkpoints: '1/_CHECKPOINT_METADATA' (is not a plain file|has \d+ bytes)"):
+        resume(run)
+
+
 def test_a_checkpoint_of_other_data_is_named_with_its_run(run: Path) -> None:
     with pytest.raises(ValueError, match=rf"{run}/checkpoints: checkpoint 2 was made with another plan"):
         resume(run, plan="other")
