@@ -36,11 +36,9 @@ from pathlib import Path
 import tyro
 
 from mmrlhf_jax.command import run_command
-from mmrlhf_jax.lease import lease
 from mmrlhf_jax.rounds.loop import Loop
 from mmrlhf_jax.rounds.options import Options, check
-from mmrlhf_jax.stages import Stages, claim, stop_on_sigterm
-from mmrlhf_jax.storage import to_path
+from mmrlhf_jax.stages import Stages, claimed, stop_on_sigterm
 from mmrlhf_jax.training.recipe import read_recipe
 
 LAUNCH = Path(__file__).resolve().parent
@@ -58,8 +56,8 @@ def main() -> None:
     check(arguments, recipe)
     output = Path(arguments.output)
     free = ("output", "decode", "layout", *(("rounds",) if arguments.prompts_per_round else ()))
-    claim(output, "rounds", {k: v for k, v in dataclasses.asdict(arguments).items() if k not in free})
-    with lease(to_path(output / "lease.json"), str(output)):
+    options = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in free}
+    with claimed(output, "rounds", options):
         Loop(arguments, recipe, Stages(output, LAUNCH)).run()
 
 

@@ -87,12 +87,15 @@ def _kind(checksum: str) -> str:
 
 def _oddity(checkpoint: Path) -> str | None:
     """Of the files on a disk that orbax would read whole, and of all that are none."""
-    for path in sorted(checkpoint.rglob("*")):
-        name = path.relative_to(checkpoint).as_posix()
-        if not path.exists() or not (path.is_file() or path.is_dir()):
-            return f"{shown(name)} is not a plain file"
-        if (path.name in _READ_WHOLE or path.parent.name == "array_metadatas") and path.stat().st_size > _MOST_METADATA:
-            return f"{shown(name)} has {path.stat().st_size} bytes; such a file has {_MOST_METADATA} at most"
+    return next((odd for path in sorted(checkpoint.rglob("*")) if (odd := _odd_file(path, checkpoint))), None)
+
+
+def _odd_file(path: Path, within: Path) -> str | None:
+    name = path.relative_to(within).as_posix()
+    if not path.exists() or not (path.is_file() or path.is_dir()):
+        return f"{shown(name)} is not a plain file"
+    if (path.name in _READ_WHOLE or path.parent.name == "array_metadatas") and path.stat().st_size > _MOST_METADATA:
+        return f"{shown(name)} has {path.stat().st_size} bytes; such a file has {_MOST_METADATA} at most"
     return None
 
 

@@ -33,7 +33,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mmrlhf_jax import storage
-from mmrlhf_jax.models.files import read_text, shown
+from mmrlhf_jax.models.files import read_text
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.training import manifest
 from mmrlhf_jax.training.distributed import from_speaker, is_speaker
@@ -116,7 +116,7 @@ class Checkpoints:
             create=writes,
         )
         self.directory = directory if storage.is_remote(directory) else directory.absolute()
-        self.manager = _opened(self.directory, options)
+        self.manager = ocp.CheckpointManager(self.directory, options=options)
         latest = self.latest()
         self.written = None if latest is None else manifest.written(self.directory / str(latest))
         self._beside = ThreadPoolExecutor(1, "seal")
@@ -209,28 +209,6 @@ class Checkpoints:
         finally:
             self._beside.shutdown()
             self.manager.close()
-
-
-def _opened(directory: epath.Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
-    """Raises ValueError naming the checkpoints whose own metadata are none: orbax reads those of all, for their times,
-    and says of none whose they are."""
-    try:
-        return ocp.CheckpointManager(directory, options=options)
-    except Exception as error:
-        found = ocp.path.step.standard_name_format().find_all(directory) if directory.exists() else ()
-        if not (odd := sorted(checkpoint.step for checkpoint in found if not _has_time(checkpoint))):
-            raise
-        raise ValueError(
-            f"{directory}: _CHECKPOINT_METADATA of {', '.join(map(str, odd))} is not what a run writes ("
-            f"{shown(str(error))}). Nothing was changed: move checkpoints like it elsewhere, or put back a copy"
-        ) from error
-
-
-def _has_time(checkpoint: Any) -> bool:
-    try:
-        return checkpoint.commit_timestamp is not None
-    except Exception:  # of anything that JSON can be
-        return False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,12 +121,39 @@ def test_what_its_manifest_vouches_for_and_still_does_not_read_is_a_message(run:
 @pytest.mark.parametrize(
     "text", ['{"metrics": [7]}', "[]", '{"commit_timestamp_nsecs": 1' + "0" * 40 + "}", "[" * 50_000 + "]" * 50_000]
 )
-def test_a_checkpoint_whose_own_metadata_are_none_is_named(run: Path, text: str) -> None:
-    """orbax reads those of all checkpoints before one is chosen."""
-    (run / "checkpoints" / "1" / "_CHECKPOINT_METADATA").write_text(text)
-    with pytest.raises(ValueError, match=r"checkpoints: _CHECKPOINT_METADATA of 1 is not what a run writes"):
-        resume(run)
-    assert not (run / "damaged").exists()
+@pytest.mark.parametrize(("step", "resumed"), [(1, 2), (2, 1)])
+def test_own_metadata_that_are_none_cost_their_checkpoint_alone(
+    run: Path, capsys: pytest.CaptureFixture[str], text: str, step: int, resumed: int
+) -> None:
+    """orbax would read those of all checkpoints before one is chosen."""
+    (run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA").write_text(text)
+    resume(run)
+    assert f"resuming after step {resumed}" in capsys.readouterr().out
+    assert (run / "damaged" / "2").exists() == (step == 2)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "large"])
+@pytest.mark.parametrize(("step", "resumed"), [(1, 2), (2, 1)])
+def test_own_metadata_are_plain_and_small_before_they_are_read(
+    run: Path, capsys: pytest.CaptureFixture[str], kind: str, step: int, resumed: int
+) -> None:
+    """A pipe was waited for without an end, and /dev/zero read until no memory was left."""
+    file = run / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    file.unlink()
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        with file.open("wb") as large:
+            large.truncate(2**36)
+    resume(run)
+    told = capsys.readouterr().out
+    assert f"resuming after step {resumed}" in told
+    if step == 2:
+        assert re.search(
+            r"checkpoint 2 is damaged \('?_CHECKPOINT_METADATA'? (is not a plain file|has \d+ bytes)", told
+        )
 
 
 def test_a_checkpoint_of_other_data_is_named_with_its_run(run: Path) -> None:
