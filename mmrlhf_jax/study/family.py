@@ -1,7 +1,8 @@
 """The study's second part: every objective there is, from the same SFT run, on the same groups, for as many steps.
 
 An arm is the quickstart's DPO run, a reward model the study's scalar one, under another objective: that of the registry
-with its own defaults, or with what its paper ran where the registry keeps TRL's default for all (`PUBLISHED`).
+with its own defaults, or with what its paper ran where the registry keeps TRL's default for all (`PUBLISHED`). Those
+that learn ratings of attributes are no members: the annotators of this world rank.
 """
 
 from __future__ import annotations
@@ -9,7 +10,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mmrlhf_jax.objectives import DPO, OBJECTIVES, CritiqueReward, Objective, RewardObjective, Supervised, VisitDPO
+from mmrlhf_jax.objectives import (
+    DPO,
+    OBJECTIVES,
+    AttributeObjective,
+    CritiqueReward,
+    Objective,
+    RewardObjective,
+    Supervised,
+    VisitDPO,
+)
 from mmrlhf_jax.study.arms import CRITIQUE_REWARD, Arm, Part, Source
 from mmrlhf_jax.study.arms import DPO as DPO_RECIPE
 from mmrlhf_jax.study.figures import BEFORE
@@ -74,7 +84,7 @@ def _rewards() -> dict[str, Source]:
     found = {}
     for name in (MARGINS, *(name for name in OBJECTIVES if name != MARGINS)):
         objective = OBJECTIVES[name]()
-        if isinstance(objective, RewardObjective):
+        if isinstance(objective, RewardObjective) and not isinstance(objective, AttributeObjective):
             writes = isinstance(objective, CritiqueReward)
             recipe = CRITIQUE_REWARD if writes else SCALAR_REWARD
             margins = MARGINS if objective.needs_margin else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_world import ROOT
 
-from mmrlhf_jax.objectives import OBJECTIVES
+from mmrlhf_jax.objectives import OBJECTIVES, AttributeObjective
 from mmrlhf_jax.study.arms import Arm, Source, extra_forwards
 from mmrlhf_jax.study.family import FAMILY, MARGINS, PUBLISHED, arm_name, write_recipe
 from mmrlhf_jax.study.report import family_lines
@@ -16,12 +16,15 @@ from mmrlhf_jax.training.recipe import flatten, read_recipe
 
 CONFIGS = ROOT / "configs"
 MEMBERS: dict[str, Arm | Source] = {**FAMILY.arms, **FAMILY.sources}
+RANKED = {name: kind for name, kind in OBJECTIVES.items() if not isinstance(kind(), AttributeObjective)}
+"""Who learns from what the world's annotators give: ranks, not ratings."""
 
 
 def test_every_objective_is_a_member_once_with_its_own_defaults_or_its_papers() -> None:
-    assert set(MEMBERS) == {arm_name(name) for name in OBJECTIVES} | {"supervised_best", "dpo_nll"}
+    assert set(MEMBERS) == {arm_name(name) for name in RANKED} | {"supervised_best", "dpo_nll"}
+    assert OBJECTIVES.keys() - RANKED.keys() == {"multi_objective_reward", "quantile_reward"}
     assert not set(FAMILY.arms) & set(FAMILY.sources)
-    for name, kind in OBJECTIVES.items():
+    for name, kind in RANKED.items():
         assert MEMBERS[arm_name(name)].objective == kind(**PUBLISHED.get(name, {}))
     for name, options in PUBLISHED.items():
         defaults = OBJECTIVES[name]()
