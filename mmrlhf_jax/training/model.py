@@ -22,6 +22,7 @@ from mmrlhf_jax.models.families import declare, read_config
 from mmrlhf_jax.models.files import check_model_name, is_number, read_json, shown
 from mmrlhf_jax.models.llava_onevision import weights
 from mmrlhf_jax.models.llava_onevision.adapter import (
+    CONFIG,
     MOST_ALPHA,
     MOST_RANK,
     is_adapter_directory,
@@ -124,7 +125,8 @@ def load_adapters(
     _check_chain(model)
     name, which = split_model(model)
     if is_adapter_directory(name):
-        base = load_model(read_adapter_config(name).base, mesh, rules, rates=rates, dtype=dtype)
+        with _naming_base(f"{name}/{CONFIG}"):
+            base = load_model(read_adapter_config(name).base, mesh, rules, rates=rates, dtype=dtype)
         params = load_adapted(name, base.params, declare(base.config), mesh, rules)
         return dataclasses.replace(base, params=params, step=None)
     if not is_run(name):
@@ -133,7 +135,8 @@ def load_adapters(
     if not made_with:
         return None
     settings = _lora_settings(name, made_with)
-    base = load_model(base_of(model), mesh, rules, rates=rates, dtype=dtype)
+    with _naming_base(RunDirectory.at(name).start):
+        base = load_model(base_of(model), mesh, rules, rates=rates, dtype=dtype)
     config = read_config(assets_of(name))
     try:
         declared = lora.declare_adapted(declare(config), settings.targets, settings.rank, settings.alpha)
@@ -147,6 +150,15 @@ def load_adapters(
     kernels = dict(nn_params.named_leaves(base.params))
     params = nn_params.map_named(lambda at, _: restored[at] if at in restored else kernels[_bare(at)], declared)
     return LoadedModel(config, params, RunDirectory.at(name).model, step)
+
+
+@contextmanager
+def _naming_base(file: epath.PathLike) -> Iterator[None]:
+    """A base that is not there is told with the file that names it: nobody has typed it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{file}: its base is not there: {error}") from error
 
 
 def base_of(model: str) -> str:

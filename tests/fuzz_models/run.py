@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[up]) for up in (1, 2)]
 
 from fuzz_models.harness import LINES, Figures, fuzz  # noqa: E402
 from fuzz_models.readers import READERS  # noqa: E402
+
+ADDRESSES = 10 * 2**30  # bytes: what fills the memory shall end this process, not others
 
 
 def show(name: str, figures: Figures, seed: int) -> None:
@@ -51,6 +54,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.reader != "all":
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES if hard < 0 else min(ADDRESSES, hard), hard))
         with tempfile.TemporaryDirectory() as aside:
             os.environ[LINES] = f"{aside}/lines"
             figures = fuzz(READERS[arguments.reader], arguments.executions, arguments.seed)

@@ -89,6 +89,13 @@ def test_targets_that_the_model_has_not_are_named_with_their_file(
         model.load_model(str(tmp_path), mesh(), ShardingRules(), rates=INFERENCE)
 
 
+def test_a_base_that_is_not_there_is_named_with_the_file_that_names_it(tmp_path: Path) -> None:
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": "-rf"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json: its base is not there: '-rf'"):
+        model.load_model(str(tmp_path), mesh(), ShardingRules(), rates=INFERENCE)
+
+
 def resume(directory: Path, **position: Any) -> None:
     state, shardings = small_state()
     run = RunDirectory.at(directory)
