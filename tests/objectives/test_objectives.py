@@ -76,6 +76,9 @@ def test_names_are_stable_since_recipes_and_checkpoints_hold_them():
         "classification_reward": "ClassificationReward",
         "llava_rlhf_reward": "LLaVARLHFReward",
         "tokenwise_reward": "TokenwiseReward",
+        "min_avgout": "MinAvgOut",
+        "multi_objective_reward": "MultiObjectiveReward",
+        "quantile_reward": "QuantileReward",
     }
 
 
@@ -86,9 +89,9 @@ def test_what_each_objective_asks_of_the_trainer():
     assert those_that("needs_margin") == {"mmdpo", "mmdpo_released_factor", "mmpo", "refuel", "margin_reward"}
     assert OBJECTIVES.keys() - those_that("needs_reference") == {
         "supervised", "sft", "critique_reward", "scalar_reward", "margin_reward", "classification_reward",
-        "llava_rlhf_reward", "tokenwise_reward",
+        "llava_rlhf_reward", "tokenwise_reward", "min_avgout", "multi_objective_reward", "quantile_reward",
     }  # fmt: skip
-    step_wide = {"mmdpo_released_batch", "beta_dpo", "aot", "aot_unpaired", "llava_rlhf_reward"}
+    step_wide = {"mmdpo_released_batch", "beta_dpo", "aot", "aot_unpaired", "llava_rlhf_reward", "min_avgout"}
     assert those_that("needs_step_statistics") == step_wide
 
 
@@ -200,7 +203,7 @@ def test_totals_count_what_is_scored():
     pair_weight = np.zeros((2, 3, 3), np.float32)
     pair_weight[0, 0, 1], pair_weight[0, 0, 2] = 1.0, 0.5
     totals = step_totals(pair_weight, np.full((2, 3), 4.0, np.float32), np.array([[1, 1, 0.5], [0, 0, 0]], np.float32))
-    assert [float(x) for x in jax.tree.leaves(totals)] == [1.5, 6.0, 2.5, 1.0, 0.0]
+    assert [float(x) for x in jax.tree.leaves(totals)] == [1.5, 6.0, 2.5, 1.0, 0.0, 0.0]
 
 
 def test_a_step_that_scores_nothing_is_not_a_quiet_zero():

@@ -219,7 +219,8 @@ def test_every_recipe_reads_and_states_its_command_and_hardware(file):
     text = file.read_text()
     assert jnp.dtype(found.compute.dtype)
     assert "Hardware" in text
-    assert f"launch/train.py {file.relative_to(ROOT)}" in text
+    path = file.relative_to(ROOT)
+    assert f"launch/train.py {path}" in text or ("launch/rounds.py" in text and f"--recipe {path}" in text)
 
 
 def test_a_frozen_part_leaves_a_run_as_it_came(small_world, tmp_path):
