@@ -229,7 +229,7 @@ def _find_done(output: epath.Path, metadata: dict[str, Any]) -> Report | None:
         rejected = rejected_from_json((output / REJECTED_FILE).read_text())
         report = Report.from_json((output / REPORT_FILE).read_text(), rejected)
         report.lines(), report.rejected_share
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError) as error:
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError, OSError) as error:
         said = one_line(str(error))[:200]
         raise DatasetError(f"a report in {output} is damaged ({said}): remove the directory and run again") from error
     return report

@@ -202,6 +202,13 @@ def test_a_damaged_report_is_named(stored: Path, text: str) -> None:
         prepare(PrepareOptions("mm_rlhf", (str(stored.parent / "in.jsonl"),), str(stored)))
 
 
+def test_a_number_in_a_report_that_no_float_holds_is_damage(stored: Path) -> None:
+    report = json.loads((stored / "report.json").read_text())
+    (stored / "report.json").write_text(json.dumps(report | {"margins": [0, 10**400, 1]}))
+    with pytest.raises(DatasetError, match=r"a report in .* is damaged"):
+        prepare(PrepareOptions("mm_rlhf", (str(stored.parent / "in.jsonl"),), str(stored)))
+
+
 def part_of(stored: Path) -> Path:
     data = open_dataset(stored)
     store = AnnotationStore.open(str(stored), "reward", {"critiques": "none"})
