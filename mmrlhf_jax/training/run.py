@@ -22,6 +22,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,8 +43,14 @@ from mmrlhf_jax.training.state import TrainState, combine
 
 
 def _is_ours_to_say(record: logging.LogRecord) -> bool:
-    """Orbax logs every error with its traceback, and raises it too; it is told once, when it is raised."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+    """Orbax logs every error with its traceback, and raises it too; it is told once, when it is raised. And asyncio
+    logs those of its other writes, which nobody waits for when one has failed."""
+    if record.levelno < logging.ERROR:
+        return True
+    files = [record.pathname]
+    if record.name == "asyncio" and record.exc_info:
+        files += [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+    return not any("orbax" in file for file in files)
 
 
 def _say_once(unraisable: sys.UnraisableHookArgs) -> None:
@@ -54,7 +61,8 @@ def _say_once(unraisable: sys.UnraisableHookArgs) -> None:
         _hook_before(unraisable)
 
 
-logging.getLogger("absl").addFilter(_is_ours_to_say)
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_ours_to_say)
 _hook_before, sys.unraisablehook = sys.unraisablehook, _say_once
 
 

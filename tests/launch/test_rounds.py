@@ -14,6 +14,7 @@ from small_world import ROOT, command, environment, run
 
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.digit_boards.world import MAPPING, WorldConfig, write_world
+from mmrlhf_jax.lease import beside
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.quickstart import model_of_world
 from mmrlhf_jax.training.model import load_model, model_fingerprint
@@ -114,7 +115,7 @@ def _refuses_what_it_was_not_asked(base: Path, output: Path, flags: tuple[object
         )
         assert ended.returncode == code, ended.stderr
         assert message in ended.stderr
-    with held(output / "lease.json"):
+    with held(beside(output)):
         ended = subprocess.run(
             rounds(base, output, *flags), env=environment(1), capture_output=True, text=True, timeout=200
         )

@@ -2,6 +2,7 @@
 once it is mended."""
 
 import errno
+import logging
 import os
 import resource
 import shutil
@@ -165,3 +166,15 @@ def test_errors_about_other_files_pass(error):
     with pytest.raises(type(error)) as passed, explained_writing("/runs/mine"):
         raise error
     assert passed.value is error
+
+
+def test_writes_that_fail_beside_the_first_are_not_told_again(caplog):
+    """asyncio logs an error nobody waited for when its task is dropped, which is at any time."""
+    import mmrlhf_jax.training.run  # noqa: F401 - it has the filters
+
+    for file, told in (("site-packages/orbax/checkpoint/serialization.py", False), ("elsewhere.py", True)):
+        try:
+            exec(compile("raise ValueError('NO SPACE')", file, "exec"))
+        except ValueError as error:
+            logging.getLogger("asyncio").error("Task exception was never retrieved", exc_info=error)
+        assert bool(caplog.records) == told
