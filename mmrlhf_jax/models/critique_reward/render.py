@@ -44,18 +44,10 @@ FACTS_CURE = "prepare with --source mapped --map facts=FIELD, a text or a list o
 
 
 @dataclass(frozen=True, eq=False)
-class RewardRenderer:
-    """Implements `groups.Renderer` for a critique reward model: `response.reason` is the critique of a response.
-
-    A response without one ends where its critique would begin, and that is where its score is then read, as the
-    released scorer does without critiques. Critique and what closes its turn are scored tokens (`loss_weight` 1), the
-    answer is not. Earlier turns of a conversation stay as they are; the last one is the question.
-    """
+class _ThroughPolicy:
+    """What a reward model's renderer has from the policy's, through which it renders."""
 
     policy: LlavaOnevisionRenderer
-    template: str
-    facts: bool = False
-    """a group's facts stand behind its question"""
 
     @property
     def name(self) -> str:
@@ -72,6 +64,20 @@ class RewardRenderer:
     @property
     def max_positions(self) -> int:
         return self.policy.max_positions
+
+
+@dataclass(frozen=True, eq=False)
+class RewardRenderer(_ThroughPolicy):
+    """Implements `groups.Renderer` for a critique reward model: `response.reason` is the critique of a response.
+
+    A response without one ends where its critique would begin, and that is where its score is then read, as the
+    released scorer does without critiques. Critique and what closes its turn are scored tokens (`loss_weight` 1), the
+    answer is not. Earlier turns of a conversation stay as they are; the last one is the question.
+    """
+
+    template: str
+    facts: bool = False
+    """a group's facts stand behind its question"""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -129,26 +135,8 @@ class RewardRenderer:
 
 
 @dataclass(frozen=True, eq=False)
-class FactualRenderer:
+class FactualRenderer(_ThroughPolicy):
     """Implements `groups.Renderer` for a scalar model that is shown facts: plain answers behind question and facts."""
-
-    policy: LlavaOnevisionRenderer
-
-    @property
-    def name(self) -> str:
-        return self.policy.name
-
-    @property
-    def tile_size(self) -> int:
-        return self.policy.tile_size
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return self.policy.tokens_per_tile
-
-    @property
-    def max_positions(self) -> int:
-        return self.policy.max_positions
 
     @cached_property
     def fingerprint(self) -> str:
