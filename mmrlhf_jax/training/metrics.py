@@ -232,6 +232,10 @@ class Clock:
 
     def __init__(self) -> None:
         self._seen: set[Any] = set()
+        self.restart()
+
+    def restart(self) -> None:
+        """What went before belongs to no step: nothing is learnt from it of how long one takes."""
         self._last = time.perf_counter()
         self._wait = self._compile = 0.0
 
@@ -276,5 +280,5 @@ class Clock:
         lap = {"seconds": now - self._last, "seconds/data_wait": self._wait, "seconds/compile": self._compile}
         if not self._compile:  # with it comes what else a first time takes
             step_took(lap["seconds"])
-        self._last, self._wait, self._compile = now, 0.0, 0.0
+        self.restart()
         return lap

@@ -258,7 +258,7 @@ def _loop(run: Session, state: TrainState) -> int:
     with explain_memory(advice), stop_signals() as stop:
         if first_step == 0 and not run.records:
             _evaluate(run, state)
-            clock.lap()  # no step's time
+            clock.restart()
         elif _enough(run):
             return first_step
         for micro, host_batch in clock.waiting(batches):

@@ -3,6 +3,7 @@
 import pytest
 
 from mmrlhf_jax.training import peers
+from mmrlhf_jax.training.metrics import Clock
 from mmrlhf_jax.training.peers import ENDING, SILENT, STEP, Place, Sign, Watch, from_json, to_json
 
 STALL, LONG = 40.0, 300.0
@@ -138,3 +139,21 @@ def test_a_step_is_given_many_times_what_steps_took(monkeypatch):
 def test_a_sign_survives_its_way_through_the_coordinator(limit):
     told = sign(3, "failed", Place(2, "waiting for data", limit), 'a "message"\nof two lines')
     assert from_json(to_json(told)) == told
+
+
+def test_what_comes_before_the_first_step_says_nothing_of_how_long_steps_take(monkeypatch):
+    """A first step of many micro-batches may take minutes on a CPU: it has the wide bound."""
+    monkeypatch.setattr(peers, "_here", here := peers._Here())
+    peers.set_limits(40.0, 3600.0)
+    clock = Clock()
+    clock.restart()  # the held-out groups were scored
+    for _ in clock.waiting(["micro-batch"]):
+        with clock.compiling("bucket 0"):
+            assert here.place.limit == 3600.0
+        assert here.place == Place(0, STEP, 3600.0)
+    clock.lap()  # it compiled, too
+    peers.doing(STEP, 2, bounded=True)
+    assert here.place.limit == 3600.0
+    clock.lap()
+    peers.doing(STEP, 3, bounded=True)
+    assert here.place.limit == 40.0
