@@ -58,6 +58,11 @@ class DatasetError(ValueError):
     """A prepared dataset that is missing, damaged or not the one asked for."""
 
 
+class _OwnInfo(tfds.core.DatasetInfo):
+    def initialize_from_bucket(self) -> None:
+        """TFDS would look among its public datasets, and leave an empty temporary folder behind every time."""
+
+
 class PreparedGroups(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Writes shard after shard, in order.
 
@@ -84,7 +89,7 @@ class PreparedGroups(tfds.core.ShardBasedBuilder, skip_registration=True):  # ty
 
     def _info(self) -> tfds.core.DatasetInfo:
         pictures = tfds.features.Sequence(tfds.features.Tensor(shape=(), dtype=np.object_))
-        return tfds.core.DatasetInfo(
+        return _OwnInfo(
             builder=self,
             description="Prompts with pictures and their ranked responses; `media` row i belongs to `groups` row i.",
             # Every split shares one set of features: `groups` leaves `encoded` empty, `media` leaves `record` empty.

@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ def test_what_is_prepared_is_what_was_read(options: Any) -> None:
     assert [m.sizes for m in several] == [((40, 30),), ((50, 20),)]
     assert with_media[2].media[0].sizes == ((40, 30), (7, 9))
     assert with_media[0].origins == (*(Origin(str(options(MIXED).inputs[0]), n) for n in (1, 4, 6)),)
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(options: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    prepare(options(MIXED))
+    assert list(temporary.iterdir()) == []
 
 
 def test_shards_keep_the_order(options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
