@@ -139,7 +139,7 @@ def _spoiled_mixture(rng: Random, state: Rows) -> Made:
     value = rng.choice(state.rows)
     if rng.random() < 0.9:
         value = mutate.mutated(rng, value, rng.choice((1, 1, 2)))
-    data = mutate.dumps(rng, value).encode("utf-8", "surrogatepass").replace(b"gs://", b"gz://")  # no network
+    data = mutate.offline(mutate.dumps(rng, value).encode("utf-8", "surrogatepass"))
     (state.folder / "mix.json").write_bytes(mutate.mutated_bytes(rng, data) if rng.random() < 0.1 else data)
     return {"file": str(state.folder / "mix.json")}
 

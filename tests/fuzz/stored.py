@@ -105,7 +105,7 @@ def spoiled_annotations(rng: Random, state: Stored) -> Made:
 
 def spoiled_json(rng: Random, value: Any) -> bytes:
     data = mutate.dumps(rng, mutate.mutated(rng, value, rng.choice((1, 1, 2, 3)))).encode("utf-8", "surrogatepass")
-    return mutate.mutated_bytes(rng, data) if rng.random() < 0.2 else data
+    return mutate.offline(mutate.mutated_bytes(rng, data) if rng.random() < 0.2 else data)
 
 
 def _spoiled_npz(rng: Random, data: bytes) -> bytes:
