@@ -18,13 +18,13 @@ from mmrlhf_jax.command import CommandError, UsageError
 from mmrlhf_jax.training.recipe import ComputeConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("--decoder-layers", 1, "--embed", 64, "--vocab", 512, "--tower-layers", 1, "--repeats", 2)
+SMALL = ("--decoder-layers", 1, "--embed", 64, "--vocab", 512, "--tower-layers", 1)
 
 
-def benchmark(program: Path, *arguments: object) -> subprocess.CompletedProcess:
+def benchmark(program: Path, *arguments: object, repeats: int = 2) -> subprocess.CompletedProcess:
     one_device = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     return subprocess.run(
-        [sys.executable, str(program), "step", *map(str, (*SMALL, *arguments))],
+        [sys.executable, str(program), "step", *map(str, (*SMALL, "--repeats", repeats, *arguments))],
         env={**os.environ, "XLA_FLAGS": " ".join(one_device)},
         capture_output=True,
         text=True,
@@ -142,7 +142,7 @@ def test_trl_finds_the_same_loss_and_gradient_and_some_of_its_pairs_stand_for_al
     file = tmp_path / "figures.json"
     mix = ("--mix", 1, "--mix-pairs", 1)
     program = ROOT / "tests" / "benchmark_beside_torch.py"
-    done = benchmark(program, "--against", "trl", "--responses", 3, *mix, "--output", file)
+    done = benchmark(program, "--against", "trl", "--responses", 3, *mix, "--output", file, repeats=1)
     assert done.returncode == 0, done.stderr
     figures = json.loads(file.read_text())
     check(figures["rows"][0], "trl")
