@@ -274,11 +274,11 @@ class Clock:
         self._last += time.perf_counter() - began
         doing(STEP, bounded=True)
 
-    def lap(self) -> dict[str, float]:
-        """The metrics of the step that ends now."""
+    def lap(self, work: float) -> dict[str, float]:
+        """The metrics of the step that ends now; `work`: how much it computed, as `step_begins` has it."""
         now = time.perf_counter()
         lap = {"seconds": now - self._last, "seconds/data_wait": self._wait, "seconds/compile": self._compile}
         if not self._compile:  # with it comes what else a first time takes
-            step_took(lap["seconds"])
+            step_took(lap["seconds"], work)
         self.restart()
         return lap

@@ -3,9 +3,9 @@ for ever and in silence; one on its own hangs in silence too.
 
 Every process tells the job's coordinator, every few seconds, that it lives and what it is doing, and reads what the
 others told. Who sees another silent, failed or in everybody's way ends with a message that names it, the step and what
-it was doing. How long a step may take is known by how long the last ones took; compiling, evaluating and saving, of
-which nothing is known, have a wide bound of their own, and getting to the first step has none. jax itself watches
-connections only: it notices a dead process but not a stuck one, and neither names.
+it was doing. How long a step may take is known by how long the last ones took and how much they computed; compiling,
+evaluating and saving, of which nothing is known, have a wide bound of their own, and getting to the first step has
+none. jax itself watches connections only: it notices a dead process but not a stuck one, and neither names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mmrlhf_jax.command import INTERRUPTED, CommandError
 BEAT = 4.0  # seconds between signs of life
 SILENT = 36.0  # seconds without one after which a process is taken for dead
 JAX_SILENT = 100  # the same for jax's own watch, whose message names nobody: by half of it, it must come second
-TIMES = 10.0  # a step may take that many times the longest of the last steps
+TIMES = 10.0  # a step may take that many times what the slowest of the last steps would have taken for its work
 ENDING = 10.0  # seconds for a process to find out for itself what ended another, and say so
 KEY = "mmrlhf/peers/"
 STEP = "in the step"  # what it does there, such as a collective, may be waiting for others
@@ -69,7 +69,9 @@ class _Here:
     place: Place = field(default_factory=Place)
     state: str = "running"
     message: str = ""
-    laps: deque[float] = field(default_factory=lambda: deque(maxlen=16))  # seconds
+    laps: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=16))  # seconds, work
+    work: deque[float] = field(default_factory=lambda: deque(maxlen=2))
+    """of this step and of the one before it, whose end is waited for within this one"""
     step_limit: float = math.inf  # seconds
     other_limit: float = math.inf
 
@@ -78,18 +80,31 @@ _here = _Here()
 
 
 def set_limits(step: float, other: float) -> None:
-    """Seconds after which a process is stuck: in a step (or TIMES the longest of the last ones), and elsewhere. Without
-    limits nobody is. All processes of a job set the same."""
+    """Seconds after which a process is stuck: in a step (or TIMES what the last ones tell it may take), and elsewhere.
+    Without limits nobody is. All processes of a job set the same."""
     _here.step_limit, _here.other_limit = step, other
 
 
 def doing(what: str, step: int | None = None, *, bounded: bool = False) -> None:
     """States what this process does from here on: a sign of its coming on. `bounded`: it is part of a step, of which it
     is known by now how long they take."""
-    known = bounded and bool(_here.laps)
-    limit = max(_here.step_limit, TIMES * max(_here.laps)) if known else _here.other_limit
+    limit = max(_here.step_limit, TIMES * _longest()) if bounded and _here.laps else _here.other_limit
     step = _here.place.step if step is None else step
     _here.place = Place(step, what, limit if math.isfinite(limit) else None)
+
+
+def _longest() -> float:
+    """Seconds of the slowest of the last steps, had it computed as much as this one: a step of long videos among short
+    questions is no hang."""
+    now = max(_here.work, default=0.0)
+    return max(seconds * max(1.0, now / work if work else 1.0) for seconds, work in _here.laps)
+
+
+def step_begins(step: int, work: float) -> None:
+    """`work`: how much it computes, in any unit that does not change."""
+    if step != _here.place.step or not _here.work:
+        _here.work.append(work)
+    doing(STEP, step, bounded=True)
 
 
 @contextmanager
@@ -101,9 +116,9 @@ def meanwhile(what: str) -> Iterator[None]:
     _here.place = before
 
 
-def step_took(seconds: float) -> None:
+def step_took(seconds: float, work: float) -> None:
     """For the limit of the steps to come."""
-    _here.laps.append(seconds)
+    _here.laps.append((seconds, work))
 
 
 def client() -> Any:

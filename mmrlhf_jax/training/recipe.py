@@ -177,8 +177,8 @@ class StuckConfig:
     """When a run that does not come on is ended, with a message that names process, host and step. inf: never"""
 
     step: float = 35.0
-    """seconds without a sign of progress in a step, data included; or ten times the slowest of the last 16 steps where
-    that is longer"""
+    """seconds without a sign of progress in a step, data included; or, where that is longer, ten times what the slowest
+    of the last 16 steps would have taken for as many operations"""
     other: float = 3600.0
     """the same for what says nothing of how long it takes: compiling, a batch of an evaluation, saving"""
 

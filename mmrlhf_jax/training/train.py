@@ -44,7 +44,7 @@ from mmrlhf_jax.training.grace import bytes_of, too_slow
 from mmrlhf_jax.training.held_out import check_metric, make_evaluate
 from mmrlhf_jax.training.metrics import Clock, MetricsLog, check_log, open_log
 from mmrlhf_jax.training.model import model_fingerprint, with_fresh_adapters
-from mmrlhf_jax.training.peers import STEP, doing, set_limits
+from mmrlhf_jax.training.peers import doing, set_limits, step_begins
 from mmrlhf_jax.training.planning import memory_advice
 from mmrlhf_jax.training.recipe import Recipe, flatten
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, read_lines, write_text
@@ -264,7 +264,7 @@ def _loop(run: Session, state: TrainState) -> int:
         for micro, host_batch in clock.waiting(batches):
             done = micro.step + 1
             running = (done, run.buckets[micro.bucket])
-            doing(STEP, done, bounded=True)
+            step_begins(done, run.work.flops[done - 1])
             run.profiler.before(done)
             batch = to_devices(host_batch, run.mesh)
             sums = run.zero_sums() if sums is None else sums
@@ -354,7 +354,7 @@ def _record(
             f"{', '.join(str(row) for row in bad[:16])}. The last checkpoint is from before it; look at these rows, "
             "lower optimizer.learning_rate, or set compute.dtype float32"
         )
-    lap = clock.lap()
+    lap = clock.lap(work.flops[step - 1])
     return {
         "step": step,
         **values,

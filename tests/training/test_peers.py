@@ -121,10 +121,10 @@ def test_a_step_is_given_many_times_what_steps_took(monkeypatch):
     peers.set_limits(40.0, 3600.0)
     peers.doing(STEP, 1, bounded=True)
     assert here.place.limit == 3600.0  # nothing is known yet
-    peers.step_took(2.0)
+    peers.step_took(2.0, work=1e9)
     peers.doing(STEP, 2, bounded=True)
     assert here.place.limit == 40.0
-    peers.step_took(60.0)
+    peers.step_took(60.0, work=1e9)
     peers.doing(STEP, bounded=True)
     assert here.place == Place(2, STEP, 600.0)
     with peers.meanwhile("compiling"):
@@ -151,9 +151,24 @@ def test_what_comes_before_the_first_step_says_nothing_of_how_long_steps_take(mo
         with clock.compiling("bucket 0"):
             assert here.place.limit == 3600.0
         assert here.place == Place(0, STEP, 3600.0)
-    clock.lap()  # it compiled, too
+    clock.lap(1e9)  # it compiled, too
     peers.doing(STEP, 2, bounded=True)
     assert here.place.limit == 3600.0
-    clock.lap()
+    clock.lap(1e9)
     peers.doing(STEP, 3, bounded=True)
     assert here.place.limit == 40.0
+
+
+def test_a_step_that_computes_more_may_take_longer_and_so_may_the_next_which_waits_for_it(monkeypatch):
+    monkeypatch.setattr(peers, "_here", here := peers._Here())
+    peers.set_limits(40.0, 3600.0)
+    peers.step_begins(1, work=1e9)
+    peers.step_took(5.0, work=1e9)
+    limits = []
+    for step, work in ((2, 1e9), (3, 8e9), (4, 1e9), (5, 1e9), (6, 1e8)):
+        for _ in range(2):  # micro-batches
+            peers.step_begins(step, work)
+        limits.append(here.place.limit)
+    assert limits == [50.0, 400.0, 400.0, 50.0, 50.0]
+    peers.doing("waiting for data", bounded=True)
+    assert here.place == Place(6, "waiting for data", 50.0)
