@@ -239,7 +239,8 @@ def _check_share(report: Report, options: PrepareOptions, output: epath.Path) ->
     where = f"see {output / REJECTED_FILE}"
     if reasons := Counter(row.reason for row in report.rejected if not row.duplicate):
         reason, count = reasons.most_common(1)[0]
-        where = f"{where} (most often, {count} times: {one_line(reason)})"
+        often = f"most often, {count} times" if count > 1 else "the first"
+        where = f"{where} ({often}: {one_line(reason)})"
     if options.media and report.groups and report.text_only == report.groups:
         unread = "; ".join(remark.text for remark in report.remarks) or "no unknown columns"
         raise PrepareError(f"--media is given, yet no row names a picture or video in a column that is read ({unread})")

@@ -308,9 +308,10 @@ class Watch:
         stuck = self.suspects()
         others = _where(running, [process for process in running if process not in stuck])
         waiting = f" while others wait ({others})" if others else ""
+        flag = "--stuck.other" if longest == _here.other_limit else "--stuck.step"
         return (
             f"{_where(running, stuck)} for {still:.0f} s{waiting}. It is stuck, and its output says in which line; if "
-            f"that may take more than {longest:.0f} s, raise --stuck.step or --stuck.other"
+            f"that may take more than {longest:.0f} s, raise {flag}"
         )
 
 

@@ -172,9 +172,13 @@ class CheckpointConfig:
     """seconds the machine leaves between SIGTERM and SIGKILL; a warning is printed when a checkpoint takes longer"""
 
 
+SHORTEST = 12.0  # seconds: three signs of life (peers.BEAT)
+
+
 @dataclass(frozen=True)
 class StuckConfig:
-    """When a run that does not come on is ended, with a message that names process, host and step. inf: never"""
+    """When a run that does not come on is ended, with a message that names process, host and step. At least 12; inf:
+    never"""
 
     step: float = 35.0
     """seconds without a sign of progress in a step, data included; or, where that is longer, ten times what the slowest
@@ -259,8 +263,11 @@ class Recipe:
             raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
         if self.reference == "lora_off" and not self.lora.rank:
             raise ValueError("reference = 'lora_off' needs adapters to switch off: set lora.rank")
-        if not (self.stuck.step > 0 and self.stuck.other > 0):
-            raise ValueError("stuck.step and stuck.other are seconds, more than 0; inf = never")
+        if not (self.stuck.step >= SHORTEST and self.stuck.other >= SHORTEST):
+            raise ValueError(
+                f"stuck.step {self.stuck.step:g} and stuck.other {self.stuck.other:g} are seconds, at least "
+                f"{SHORTEST:g}, as processes tell only every few seconds what they do; inf = never"
+            )
         _check_evaluation(self.evaluation)
         adam = OptimizerConfig()
         if self.optimizer.second_moment == "factored" and (self.optimizer.b2, self.optimizer.eps) != (

@@ -23,6 +23,7 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def _say_once(unraisable: sys.UnraisableHookArgs) -> None:
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_is_ours_to_say)
 _hook_before, sys.unraisablehook = sys.unraisablehook, _say_once
+warnings.filterwarnings("ignore", r"coroutine '.*write_fragment' was never awaited", RuntimeWarning)  # likewise
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 import pytest
 
+from mmrlhf_jax.objectives import DPO
 from mmrlhf_jax.training import peers
 from mmrlhf_jax.training.metrics import Clock
 from mmrlhf_jax.training.peers import ENDING, SILENT, STEP, Place, Sign, Watch, from_json, to_json
+from mmrlhf_jax.training.recipe import SHORTEST, Recipe, StuckConfig
 
 STALL, LONG = 40.0, 300.0
 
@@ -64,8 +66,7 @@ def test_a_process_that_waits_for_data_while_the_others_are_in_the_step_is_named
     assert seen.verdict(STALL) is None
     assert seen.verdict(STALL + 1) == (
         "process 1 on host-b, step 7: waiting for data for 41 s while others wait (process 0 on host-a, step 7: in the "
-        "step). It is stuck, and its output says in which line; if that may take more than 40 s, raise --stuck.step or "
-        "--stuck.other"
+        "step). It is stuck, and its output says in which line; if that may take more than 40 s, raise --stuck.step"
     )
     assert seen.suspects() == [1]
 
@@ -96,10 +97,13 @@ def test_what_one_process_finds_the_others_say_too():
     assert seen.verdict(5.0) == "process 1 on host-b, step 7: waiting for data for 36 s"
 
 
-def test_the_wider_bound_of_any_process_counts():
+def test_the_wider_bound_of_any_process_counts(monkeypatch):
+    monkeypatch.setattr(peers, "_here", peers._Here(step_limit=STALL, other_limit=3600.0))
     seen = together(Place(7, STEP, STALL), Place(7, "compiling", 3600.0), 3605)
     assert seen.verdict(3600.0) is None
-    assert seen.verdict(3601.0).startswith("process 1 on host-b, step 7: compiling for 3601 s while others wait")
+    said = seen.verdict(3601.0)
+    assert said.startswith("process 1 on host-b, step 7: compiling for 3601 s while others wait")
+    assert said.endswith("if that may take more than 3600 s, raise --stuck.other")
 
 
 def test_who_was_stopped_itself_does_not_blame_the_others():
@@ -112,6 +116,13 @@ def test_getting_to_the_first_step_may_take_any_time_and_the_others_wait():
     starting = Place(0, "starting", None)
     seen = watch(*((float(t), sign(t, place=starting)) for t in range(0, 7200, 5)))
     assert seen.verdict(7196.0) is None
+
+
+@pytest.mark.parametrize("limits", [{"step": 1.0}, {"other": 0.0}, {"step": float("nan")}, {"other": float("nan")}])
+def test_a_bound_shorter_than_signs_of_life_are_apart_is_refused(limits):
+    with pytest.raises(ValueError, match=r"stuck\.step .* and stuck\.other .* at least 12"):
+        Recipe(objective=DPO(), stuck=StuckConfig(**limits))
+    assert SHORTEST >= 3 * peers.BEAT
 
 
 def test_a_step_is_given_many_times_what_steps_took(monkeypatch):
