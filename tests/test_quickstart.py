@@ -22,11 +22,9 @@ QUESTIONS = 3 * 8 + 2 * 2  # three a board, two a clip
 POLICIES = ("sft", "sft_best", "dpo", "mm_dpo")
 
 
-def quickstart(*arguments: object, alone: bool = True) -> subprocess.CompletedProcess[str]:
-    """`alone`: without starting its stages as processes of their own."""
-    words = command("quickstart", *arguments)
-    if alone:
-        words = [sys.executable, str(ROOT / "tests" / "one_process.py"), *words[1:]]
+def quickstart(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Its stages in its own process (as programs of their own they run in test_supply_chain.py)."""
+    words = [sys.executable, str(ROOT / "tests" / "one_process.py"), *command("quickstart", *arguments)[1:]]
     return subprocess.run(words, env=environment(1), capture_output=True, text=True, timeout=900)
 
 
@@ -101,11 +99,3 @@ def test_the_whole_pipeline_runs_once(tmp_path: Path) -> None:
     changed = quickstart("--output", output, *TINY, "--seed", 1)
     assert changed.returncode == 2
     assert "made with other options" in changed.stderr
-
-
-@pytest.mark.slow
-def test_the_stages_run_as_programs_of_their_own(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
-    done = quickstart("--output", tmp_path / "out", *TINY, alone=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    check_all_is_there(tmp_path / "out", done.stdout)

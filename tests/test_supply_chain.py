@@ -16,8 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from small_world import command, environment
-
-TINY = ("--boards", 24, "--held-out-boards", 8, "--sft-steps", 2, "--reward-steps", 1, "--preference-steps", 2)
+from test_quickstart import TINY, check_all_is_there
 
 
 def pins(name: str) -> dict[str, str]:
@@ -117,12 +116,12 @@ def test_the_guard_sees_an_attempt(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_quickstart_runs_with_the_network_cut_and_tries_nothing(tmp_path: Path) -> None:
+def test_the_quickstart_runs_its_programs_with_the_network_cut_and_they_try_nothing(tmp_path: Path) -> None:
+    """As a user starts it: every stage is a program of its own."""
     pytest.importorskip("sklearn")
     before, known = cut_off(tmp_path)
-    words = command("quickstart", "--output", tmp_path / "out", *TINY)
-    words = [*before, sys.executable, str(ROOT / "tests" / "one_process.py"), *words[1:]]
+    words = [*before, *command("quickstart", "--output", tmp_path / "out", *TINY)]
     done = subprocess.run(words, env=known, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not (tmp_path / "attempts").exists(), (tmp_path / "attempts").read_text()
-    assert (tmp_path / "out" / "report.html").exists()
+    check_all_is_there(tmp_path / "out", done.stdout)
