@@ -19,8 +19,9 @@ from mmrlhf_jax.data.write_back import Format, write_back
 class Arguments:
     """Write a DATASET's pairs, one a row and its pictures with it, as other trainers read them.
 
-    Reasons, scores, ties and responses in no pair have no place in such rows; they are counted, not written. Groups
-    that the format would misread are refused.
+    Reasons, scores, ties and responses in no pair have no place in such rows; they are counted, not written. Such
+    rows say nothing of two responses that are in no pair together: read again, those of one rank are a tie. Groups that
+    the format would misread are refused.
     """
 
     dataset: Annotated[str, tyro.conf.Positional]

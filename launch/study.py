@@ -94,8 +94,9 @@ class Arguments:
     family: bool = False
     """instead: every objective side by side, see above"""
     arms: tuple[str, ...] | None = None
-    """what to compare, see above, all by default; with --family names of objectives. Reward models that none of them
-    needs are not trained"""
+    """what to compare, see above, all by default; with --family its rows: objectives as --list-objectives names them,
+    without those that need rated answers; a name it does not know is answered with all it does. Reward models that none
+    of them needs are not trained"""
     at_once: int = 2
     """so many seeds run side by side: one can use little more than one core. Each takes about 1 GiB of memory"""
     grid_seeds: int = 5

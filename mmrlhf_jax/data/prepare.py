@@ -242,7 +242,8 @@ def _check_share(report: Report, options: PrepareOptions, output: epath.Path) ->
         often = f"most often, {count} times" if count > 1 else "the first"
         where = f"{where} ({often}: {one_line(reason)})"
     if options.media and report.groups and report.text_only == report.groups:
-        unread = "; ".join(remark.text for remark in report.remarks) or "no unknown columns"
+        columns = [remark.text for remark in report.remarks if remark.text.endswith("is not read")]
+        unread = "; ".join(columns) or "no unknown columns"
         raise PrepareError(f"--media is given, yet no row names a picture or video in a column that is read ({unread})")
     if not report.groups:
         raise PrepareError(f"none of {report.rows} rows became a group: {where}")
@@ -269,9 +270,16 @@ def _read(options: PrepareOptions) -> _Sorting:
                 sorting.rejected.append(item)
             case Remark():
                 sorting.remarks.append(item)
+    if not by_score and (unranked := sum(map(_is_scored_and_tied, sorting.groups))):
+        sorting.remarks.append(Remark("scored responses of one rank are ties; --gap 0 has their scores rank", unranked))
     if left_out:
         sorting.remarks.append(Remark(f"--limit {options.limit}: rows of further groups are left out", left_out))
     return sorting
+
+
+def _is_scored_and_tied(group: Group) -> bool:
+    scores, ranks = ({getattr(response, name) for response in group.responses} for name in ("score", "rank"))
+    return len(ranks) == 1 and len(scores) > 1
 
 
 def _take_sample(sorting: _Sorting, options: PrepareOptions) -> None:

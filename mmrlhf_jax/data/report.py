@@ -111,7 +111,7 @@ class Report:
             f"groups     {self.groups} ({histogram})",
             f"pairs      {self.pairs}, ties {self.ties}, groups without pairs {self.without_pairs}",
             f"orders     {self.complete} complete, {self.partial} partial",
-            f"reasons    of {self.reasons} responses, {sum(k * n for k, n in self.responses.items())} in all",
+            f"reasons    {self.reasons}, responses {sum(k * n for k, n in self.responses.items())}",
             f"media      {self.pictures} pictures, {self.videos} videos ({self.frames} frames), "
             f"{self.text_only} text-only groups",
         ]

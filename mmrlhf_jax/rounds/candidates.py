@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from mmrlhf_jax.data.sources.rows import is_readable
 from mmrlhf_jax.rounds.prompts import Prompt
 from mmrlhf_jax.rounds.ranking import Preference, best
 from mmrlhf_jax.rounds.scoring import levels, steered
@@ -49,6 +50,8 @@ class Counted:
     cut: int = 0
     """answers cut off at --max-new-tokens: as far as they go they are no answers"""
     blank: int = 0
+    unreadable: int = 0
+    """answers with a NUL character or a lone surrogate, which no source reads: a policy may say any token"""
     repeated: int = 0
     """answers that say what another one to the same prompt does"""
     alone: int = 0
@@ -83,13 +86,15 @@ def candidates_of(prompts: Mapping[str, Prompt], answers: Sequence[Row], tally: 
     for line in answers:
         said = line["responses"]
         whole = [answer["text"] for answer in said if answer["ended"]]
-        texts = [text for text in whole if text.strip()]
+        readable = [text for text in whole if is_readable(text)]
+        texts = [text for text in readable if text.strip()]
         distinct = tuple(dict.fromkeys(texts))
         tally.add(
             prompts=1,
             answers=len(said),
             cut=len(said) - len(whole),
-            blank=len(whole) - len(texts),
+            unreadable=len(whole) - len(readable),
+            blank=len(readable) - len(texts),
             repeated=len(texts) - len(distinct),
         )
         if distinct:

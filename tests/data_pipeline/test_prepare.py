@@ -385,6 +385,19 @@ def test_a_misnamed_picture_column_is_not_taken_for_text(options: Any) -> None:
         prepare(options(rows))
 
 
+def test_scores_that_rank_nothing_are_told(options: Any) -> None:
+    scored = {"id": "q", "question": "?", "answers": ["a", "b"], "points": [2.0, 1.0]}
+    mapping = {"id": "id", "prompt": "question", "responses": "answers", "score": "points"}
+    changes: dict[str, Any] = {"source": "mapped", "media": None, "source_options": SourceOptions(mapping=mapping)}
+    report = prepare(options([scored], **changes))
+    assert (report.pairs, report.ties) == (0, 1)
+    assert [(note.text, note.rows) for note in report.remarks] == [
+        ("scored responses of one rank are ties; --gap 0 has their scores rank", 1)
+    ]
+    ranked = prepare(options([scored], **changes, gap=0.0, output=options([]).output + "-ranked"))
+    assert (ranked.pairs, ranked.ties, ranked.remarks) == (1, 0, ())
+
+
 def test_negative_margins_are_counted(options: Any) -> None:
     rows = [row(margin=1.5), row(id="r", margin=-2.0)]
     report = prepare(options(rows, source_options=SourceOptions(margin_column="margin")))

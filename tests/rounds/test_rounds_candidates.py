@@ -36,11 +36,11 @@ def scored(name, **scores):
     return Candidates(PROMPTS[name], tuple(scores), attributes, tuple(scores.values()))
 
 
-def test_answers_that_are_cut_off_blank_or_repeated_are_not_compared():
+def test_answers_that_are_cut_off_blank_unreadable_or_repeated_are_not_compared():
     tally = Tally()
-    found = candidates_of(PROMPTS, [answered("a", "one", "two", "one", "thr...", " "), answered("b", "x...")], tally)
-    assert found == [Candidates(PROMPTS["a"], ("one", "two"), ({}, {}))]
-    assert tally.counted == Counted(prompts=2, answers=6, cut=2, blank=1, repeated=1)
+    said = [answered("a", "one", "two", "one", "thr...", " ", "a\0b", "\ud800"), answered("b", "x...")]
+    assert candidates_of(PROMPTS, said, tally) == [Candidates(PROMPTS["a"], ("one", "two"), ({}, {}))]
+    assert tally.counted == Counted(prompts=2, answers=8, cut=2, blank=1, unreadable=2, repeated=1)
 
 
 def test_pairs_carry_their_gap_and_every_prompt_is_counted():

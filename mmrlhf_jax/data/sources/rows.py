@@ -309,6 +309,15 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
+def is_readable(text: str) -> bool:
+    """Whether a source takes the text: it holds neither a NUL character nor a lone surrogate."""
+    try:
+        _check_strings(text)
+    except RowError:
+        return False
+    return True
+
+
 def _check_strings(value: Any, at: tuple[str, ...] = ()) -> None:
     """`at` are the keys that lead to the value, each list's an empty one; they become text only where it is needed."""
     if isinstance(value, str):
