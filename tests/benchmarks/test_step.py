@@ -64,7 +64,7 @@ def test_a_group_and_its_pairs_agree_and_are_timed(tmp_path):
 @pytest.mark.slow
 def test_lines_are_fitted_through_growing_answers_and_growing_batches(tmp_path):
     file = tmp_path / "figures.json"
-    done = benchmark(ROOT / "launch" / "benchmark.py", "--responses", 2, "--scaling", "--output", file)
+    done = benchmark(ROOT / "launch" / "benchmark.py", "--responses", 2, "--scaling", "--output", file, repeats=1)
     assert done.returncode == 0, done.stderr
     by_length, by_groups = json.loads(file.read_text())["scaling"]
     assert by_length["amounts"] == [256, 512, 1024, 2048]
@@ -170,7 +170,7 @@ def test_trl_agrees_under_lora_and_in_bf16(tmp_path, flags, room):
     pytest.importorskip("peft")
     file = tmp_path / "figures.json"
     program = ROOT / "tests" / "benchmark_beside_torch.py"
-    done = benchmark(program, "--responses", 2, *flags, "--output", file)
+    done = benchmark(program, "--responses", 2, *flags, "--output", file, repeats=1)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(file.read_text())["rows"]
     for name in ("loss", "gradient_norm"):
