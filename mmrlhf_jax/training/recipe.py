@@ -30,6 +30,7 @@ from mmrlhf_jax.objectives import (
     ScoreObjective,
     Supervised,
 )
+from mmrlhf_jax.training.peers import BEAT
 
 SLOTS_OF_UNKNOWN = 8192  # a device forwards at once, if its memory is not known
 
@@ -172,9 +173,6 @@ class CheckpointConfig:
     """seconds the machine leaves between SIGTERM and SIGKILL; a warning is printed when a checkpoint takes longer"""
 
 
-SHORTEST = 12.0  # seconds: three signs of life (peers.BEAT)
-
-
 @dataclass(frozen=True)
 class StuckConfig:
     """When a run that does not come on is ended, with a message that names process, host and step. At least 12; inf:
@@ -263,10 +261,11 @@ class Recipe:
             raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
         if self.reference == "lora_off" and not self.lora.rank:
             raise ValueError("reference = 'lora_off' needs adapters to switch off: set lora.rank")
-        if not (self.stuck.step >= SHORTEST and self.stuck.other >= SHORTEST):
+        shortest = 3 * BEAT
+        if not (self.stuck.step >= shortest and self.stuck.other >= shortest):
             raise ValueError(
                 f"stuck.step {self.stuck.step:g} and stuck.other {self.stuck.other:g} are seconds, at least "
-                f"{SHORTEST:g}, as processes tell only every few seconds what they do; inf = never"
+                f"{shortest:g}, as processes tell only every {BEAT:g} s what they do; inf = never"
             )
         _check_evaluation(self.evaluation)
         adam = OptimizerConfig()
