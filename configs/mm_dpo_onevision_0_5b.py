@@ -9,7 +9,8 @@ Hardware and meshes. None has been run yet, so no time is claimed:
 Tied embeddings and 14 heads: `tensor` may be 2 (2 key heads).
 
     python launch/annotate.py --dataset DATASET --model MODEL --with reference
-    python launch/train.py configs/mm_dpo_onevision_0_5b.py --model MODEL --dataset DATASET --output RUN
+    python launch/train.py configs/mm_dpo_onevision_0_5b.py --margins reward \\
+        --model MODEL --dataset DATASET --output RUN
 """
 
 from mmrlhf_jax.models.llava_onevision.render import RenderOptions

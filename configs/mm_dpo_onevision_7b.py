@@ -17,7 +17,7 @@ what that comes to. The number of groups in a micro-batch is a multiple of data 
 tensor instead.
 
     python launch/annotate.py --dataset DATASET --model MODEL --with reference
-    python launch/train.py configs/mm_dpo_onevision_7b.py --model MODEL --dataset DATASET --output RUN
+    python launch/train.py configs/mm_dpo_onevision_7b.py --model MODEL --dataset DATASET --output RUN --margins reward
 
 The two losses the authors released, under their own names, are `MMDPOReleasedFactor` and `MMDPOReleasedBatch` of
 mmrlhf_jax.objectives; plain DPO is `DPO`: set `objective` in a copy of this file.

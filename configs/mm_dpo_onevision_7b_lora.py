@@ -10,7 +10,8 @@ Hardware. Not run yet, so no time is claimed:
     8 x GPU of 40 GB     --mesh.fsdp 8
     v5e-8 / v6e-8        --mesh.fsdp 8
 
-    python launch/train.py configs/mm_dpo_onevision_7b_lora.py --model MODEL --dataset DATASET --output RUN
+    python launch/train.py configs/mm_dpo_onevision_7b_lora.py --margins reward \\
+        --model MODEL --dataset DATASET --output RUN
     python launch/export.py RUN --output ALIGNED                merged weights
     python launch/export.py RUN --output ADAPTER --adapter      what peft loads
 """

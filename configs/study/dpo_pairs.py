@@ -5,7 +5,7 @@ Any pair may come beside any other, as trainers of pairs deal them. How many pai
 their lengths (models/llava_onevision/cost.py): launch/study.py counts it on each seed's own data and says so with
 --data.groups-per-step; 12 is about what comes out. Hardware: two CPU cores, about a minute. launch/study.py runs it as
 
-    python launch/train.py configs/study/dpo_pairs.py --model SFT_RUN --dataset DATASET --output RUN \
+    python launch/train.py configs/study/dpo_pairs.py --model SFT_RUN --dataset DATASET --output RUN \\
         --data.groups-per-step PAIRS
 """
 

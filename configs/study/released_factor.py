@@ -5,7 +5,7 @@ The factors it was released for were never published (where one is missing the t
 smaller beta than one without margin. Everything else is the quickstart's MM-DPO. Hardware: two CPU cores, about a
 minute. launch/study.py runs it as
 
-    python launch/train.py configs/study/released_factor.py --model SFT_RUN --dataset DATASET --output RUN \
+    python launch/train.py configs/study/released_factor.py --model SFT_RUN --dataset DATASET --output RUN \\
         --margins REWARD_STORE
 """
 
