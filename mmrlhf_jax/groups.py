@@ -79,7 +79,8 @@ class Group:
     """One prompt and its ranked responses.
 
     The media stand before the text of the first user turn, unless turns say how many stand before theirs. `facts` are
-    texts about them (captions, options) that a reward model may be shown and a policy never is.
+    texts about them (captions, options) that a reward model may be shown and a policy never is. `ties` are (i, j),
+    i < j, of responses that somebody said are equally good; equal ranks alone may mean that nobody compared them.
     """
 
     id: str
@@ -89,6 +90,7 @@ class Group:
     pairs: tuple[Pair, ...]
     origins: tuple[Origin, ...]
     facts: tuple[str, ...] = ()
+    ties: tuple[tuple[int, int], ...] = ()
 
     def media_before(self) -> tuple[int, ...]:
         """How many media stand before the text of each turn; they follow each other in the order of `media`."""
@@ -112,7 +114,7 @@ class Group:
         return all(response.question is None for response in self.responses)
 
     def by_question(self) -> tuple[Group, ...]:
-        """The group, or one for each question that its responses answer, without the pairs across them."""
+        """The group, or one for each question that its responses answer, without the pairs and ties across them."""
         if self.one_prompt:
             return (self,)
         found = []
@@ -129,6 +131,7 @@ class Group:
                         for pair in self.pairs
                         if pair.chosen in place and pair.rejected in place
                     ),
+                    ties=tuple((place[i], place[j]) for i, j in self.ties if i in place and j in place),
                 )
             )
         return tuple(found)
@@ -164,7 +167,7 @@ class Group:
             if not turn["media"]:
                 del turn["media"]  # so that groups which do not need it are stored as they were before it existed
         for holder in (raw, *raw["responses"]):
-            for name in ("facts", "ratings", "question"):
+            for name in ("facts", "ratings", "question", "ties"):
                 if name in holder and holder[name] in (None, ()):
                     del holder[name]
         return json.dumps(raw, ensure_ascii=True)
@@ -184,6 +187,7 @@ class Group:
             pairs=tuple(Pair(**pair) for pair in raw["pairs"]),
             origins=tuple(Origin(**origin) for origin in raw["origins"]),
             facts=tuple(raw.get("facts", ())),
+            ties=tuple((i, j) for i, j in raw.get("ties", ())),
         )
 
 

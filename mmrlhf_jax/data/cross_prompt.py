@@ -8,9 +8,10 @@ pictures go through the model once, and each response brings its own question (`
 better's by its score, and none where the scores are closer than the gap or equal; the paper draws labels at random,
 the more so the closer the scores are.
 
-Groups are merged whose turns agree in all but the last text, whose media are the same bytes at the same places, whose
-responses all have scores, and whose own pairs do not contradict these. A question that stands there twice is not
-compared with itself. A merged group has at most `MOST` responses; more questions make more groups.
+Groups are merged whose turns agree in all but the last text, whose media are the same bytes at the same places and
+whose facts are the same, whose responses all have scores, and whose own pairs do not contradict these. A question that
+stands there twice is not compared with itself. A merged group has at most `MOST` responses; more questions make more
+groups.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mmrlhf_jax.data import ranking
 from mmrlhf_jax.data.pair_choice import is_apart
-from mmrlhf_jax.data.ranking import by_score
 from mmrlhf_jax.groups import Group, Pair, Turn
 
 MOST = 16  # responses of a merged group: its branches stand in one row of a batch
@@ -100,10 +101,11 @@ def merge(groups: Sequence[Group], crossing: Crossing) -> Group:
         dataclasses.replace(groups[number].responses[k], question=groups[number].prompt[-1].text)
         for number, k in places
     ]
-    ranked, _ = by_score(asked)
+    ranked, _ = ranking.by_score(asked)
     now = {(response.question, response.text): k for k, response in enumerate(ranked)}
     place_of = {place: now[response.question, response.text] for place, response in zip(places, asked, strict=True)}
     own = {(place_of[n, pair.chosen], place_of[n, pair.rejected]) for n, g in enumerate(groups) for pair in g.pairs}
+    tied = {tuple(sorted((place_of[n, i], place_of[n, j]))) for n, g in enumerate(groups) for i, j in ranking.tied(g)}
     across = {(place_of[better], place_of[worse]) for better, worse in _across(groups, crossing)}
     return Group(
         id=f"{groups[0].id}+{len(groups) - 1}",
@@ -112,6 +114,8 @@ def merge(groups: Sequence[Group], crossing: Crossing) -> Group:
         responses=tuple(ranked),
         pairs=tuple(Pair(better, worse) for better, worse in sorted(own | across)),
         origins=tuple(origin for group in groups for origin in group.origins),
+        facts=groups[0].facts,
+        ties=tuple((i, j) for i, j in sorted(tied)),
     )
 
 
@@ -148,10 +152,10 @@ def _lot(groups: Sequence[Group], pair: tuple[Place, Place], number: int, seed: 
 
 
 def _shared(group: Group) -> tuple[Any, ...]:
-    """Equal for groups that differ in the last text alone."""
+    """Equal for groups that differ in the last text and the answers alone."""
     before: tuple[Turn, ...] = group.prompt[:-1]
     media = tuple((media.kind, media.sha256 or media.path) for media in group.media)
-    return before, group.media_before(), media
+    return before, group.media_before(), media, group.facts
 
 
 def _parts(groups: Sequence[Group], numbers: Sequence[int]) -> Iterator[list[int]]:

@@ -47,12 +47,13 @@ def choose_pairs(
 
 
 def far_apart(group: Group, gap: float) -> Group:
-    """The group with those of its pairs whose margin is at least `gap`, and over 0.
+    """The group with those of its pairs whose margin is at least `gap`, and over 0; with its ties if all of them are.
 
     Raises:
         ValueError: a pair has no margin.
     """
-    return dataclasses.replace(group, pairs=tuple(pair for pair in group.pairs if is_apart(group.margin(pair), gap)))
+    pairs = tuple(pair for pair in group.pairs if is_apart(group.margin(pair), gap))
+    return dataclasses.replace(group, pairs=pairs, ties=group.ties if len(pairs) == len(group.pairs) else ())
 
 
 def is_apart(margin: float | None, gap: float) -> bool:
@@ -78,7 +79,7 @@ def best_and_worst(group: Group) -> Group:
         dataclasses.replace(group.responses[pair.chosen], rank=0),
         dataclasses.replace(group.responses[pair.rejected], rank=1),
     )
-    return dataclasses.replace(group, responses=responses, pairs=(Pair(0, 1, pair.margin),))
+    return dataclasses.replace(group, responses=responses, pairs=(Pair(0, 1, pair.margin),), ties=())
 
 
 def _with_margins(groups: Sequence[Group]) -> tuple[list[Group], list[Rejected]]:

@@ -6,7 +6,12 @@ Nothing here starts a jax backend, so grain's worker processes are free to run i
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
+import multiprocessing.process
+import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,7 +26,7 @@ from mmrlhf_jax.data.buckets import ItemLengths
 from mmrlhf_jax.data.diff import Segments, changed_tokens
 from mmrlhf_jax.data.media import decode
 from mmrlhf_jax.data.plan import ItemWeights, MicroBatch, StepPlan
-from mmrlhf_jax.data.ranking import pairs_of
+from mmrlhf_jax.data.ranking import tied
 from mmrlhf_jax.data.rewards import with_scores
 from mmrlhf_jax.groups import Branch, Bucket, Group, Lengths, Rendered, Renderer
 
@@ -40,11 +45,13 @@ class Item:
 
 @dataclass(frozen=True)
 class Items:
-    """Everything a run trains on, measured. `lengths` and `weights` are arrays over `items`; `responses` is K."""
+    """Everything a run trains on, measured. `lengths` and `weights` are arrays over `items`, as are `pairs`, i64, which
+    counts them whatever they weigh; `responses` is K."""
 
     items: tuple[Item, ...]
     lengths: ItemLengths
     weights: ItemWeights
+    pairs: np.ndarray
     responses: int
     skipped: int
     """groups that take no part, because no response of theirs is preferred to another"""
@@ -69,6 +76,8 @@ class Selection:
     """the rule by which tokens that two responses do not share are found; None: nothing reads them"""
     attributes: tuple[str, ...] = ()
     """attributes whose ratings are read: a group with one of them is of use where there is no pair"""
+    ties: bool = False
+    """tied responses are trained on: their groups stay where there is no pair"""
 
 
 class MissingMargin(ValueError):
@@ -89,7 +98,7 @@ def select(
     """The items of a dataset, or of its `rows` only. Raises MissingMargin naming rows and cure, ValueError when nothing
     is left."""
     items: list[Item] = []
-    tiles, prompt, response, pairs, chosen_tokens, tokens, ties, ratings = ([] for _ in range(8))
+    tiles, prompt, response, pairs, chosen_tokens, tokens, ties, ratings, counts = ([] for _ in range(9))
     skipped = 0
     rows = range(len(groups)) if rows is None else rows
     if selection.margins:
@@ -111,6 +120,7 @@ def select(
             prompt.append(length.prompt)
             response.append(slots.max() if selection.pairing == "pairs" else slots.sum())
             pairs.append(weight.sum())
+            counts.append(np.count_nonzero(weight))
             chosen_tokens.append((weight.sum(1) * scored).sum())
             tokens.append(scored.sum())
             ties.append(tie_weights(group, item, selection).sum())
@@ -121,6 +131,7 @@ def select(
         items=tuple(items),
         lengths=ItemLengths(*(np.array(x, np.int64) for x in (tiles, prompt, response))),
         weights=ItemWeights(*(np.array(x, np.float64) for x in (pairs, chosen_tokens, tokens, ties, ratings))),
+        pairs=np.array(counts, np.int64),
         responses=max(len(item.responses) for item in items),
         skipped=skipped,
     )
@@ -129,6 +140,7 @@ def select(
 def _items_of(row: int, group: Group, selection: Selection) -> list[Item]:
     of_use = bool(group.pairs) or (selection.critiques and any(r.reason is not None for r in group.responses))
     of_use |= any(name in selection.attributes for r in group.responses for name, _ in r.ratings)
+    of_use |= selection.ties and bool(group.ties)
     if selection.preferences and not of_use:
         return []
     if selection.pairing == "pairs":
@@ -154,16 +166,12 @@ def pair_weights(group: Group, item: Item, selection: Selection) -> np.ndarray:
 
 
 def tie_weights(group: Group, item: Item, selection: Selection) -> np.ndarray:
-    """f32 [k, k] over the item's responses, [i, j] > 0 iff i and j are tied, i < j: 1 a tie, or shares of the group.
-
-    Equal ranks are a tie only where the pairs listed are those of the ranks, and there is one: between responses that
-    nobody compared they say nothing.
-    """
-    rank = [group.responses[i].rank for i in item.responses]
-    weight = np.triu(np.equal.outer(rank, rank), 1).astype(np.float32)
-    listed = {(pair.chosen, pair.rejected) for pair in group.pairs}
-    if not listed or listed != set(pairs_of([response.rank for response in group.responses])):
-        return np.zeros_like(weight)
+    """f32 [k, k] over the item's responses, 1 a tie (see `ranking.tied`), or shares of the group; each tie once, at
+    [i, j] with i before j in the item."""
+    equal = tied(group)
+    weight = np.zeros((len(item.responses),) * 2, np.float32)
+    for (i, one), (j, other) in itertools.combinations(enumerate(item.responses), 2):
+        weight[i, j] = (min(one, other), max(one, other)) in equal
     return weight / max(1.0, weight.sum()) if selection.mean == "groups" else weight
 
 
@@ -340,7 +348,7 @@ def micro_batches(
             flags.FLAGS.mark_as_parsed()
         loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)).mp_prefetch(
             grain.MultiprocessingOptions(num_workers=min(workers, len(rest)), per_worker_buffer_size=buffer),
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_hang_on_the_parent,
         )
     else:
         loaded = source.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=buffer))
@@ -348,11 +356,19 @@ def micro_batches(
         yield from zip(rest, batches, strict=True)
 
 
-def _leave_signals_to_the_parent(worker: int, workers: int) -> None:
-    """Terminals and job schedulers send their signals to every process; the parent decides when a run stops."""
+def _hang_on_the_parent(worker: int, workers: int) -> None:
+    """Terminals and job schedulers send their signals to every process; the parent decides when a run stops. One that
+    was killed cannot, and would leave its workers, and the memory they hold, behind."""
     del worker, workers
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+
+
+def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def measure(groups: Sequence[Group], renderer: Renderer) -> list[Lengths]:

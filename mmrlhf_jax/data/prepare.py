@@ -129,11 +129,10 @@ def prepare(options: PrepareOptions) -> Report:
     output = storage.to_path(options.output)
     metadata = _metadata(options)
     if (done := _find_done(output, metadata)) is not None:
-        _clear_aside(output)
-        _clear_waiting(output)
-        _check_share(done, options, output)
-        return done
+        return _as_before(done, options, output)
     with lease(beside(output), str(output)):
+        if (done := _find_done(output, metadata)) is not None:  # by the job that this one waited for
+            return _as_before(done, options, output)
         _clear_waiting(output)
         try:
             return _prepare(options, output, metadata)
@@ -235,6 +234,13 @@ def _find_done(output: epath.Path, metadata: dict[str, Any]) -> Report | None:
     return report
 
 
+def _as_before(done: Report, options: PrepareOptions, output: epath.Path) -> Report:
+    _clear_aside(output)
+    _clear_waiting(output)
+    _check_share(done, options, output)
+    return done
+
+
 def _check_share(report: Report, options: PrepareOptions, output: epath.Path) -> None:
     where = f"see {output / REJECTED_FILE}"
     if reasons := Counter(row.reason for row in report.rejected if not row.duplicate):
@@ -271,7 +277,8 @@ def _read(options: PrepareOptions) -> _Sorting:
             case Remark():
                 sorting.remarks.append(item)
     if not by_score and (unranked := sum(map(_is_scored_and_tied, sorting.groups))):
-        sorting.remarks.append(Remark("scored responses of one rank are ties; --gap 0 has their scores rank", unranked))
+        text = "scored responses without ranks: none is preferred; --gap 0 has their scores rank"
+        sorting.remarks.append(Remark(text, unranked))
     if left_out:
         sorting.remarks.append(Remark(f"--limit {options.limit}: rows of further groups are left out", left_out))
     return sorting
@@ -279,7 +286,7 @@ def _read(options: PrepareOptions) -> _Sorting:
 
 def _is_scored_and_tied(group: Group) -> bool:
     scores, ranks = ({getattr(response, name) for response in group.responses} for name in ("score", "rank"))
-    return len(ranks) == 1 and len(scores) > 1
+    return len(ranks) == 1 and len(scores) > 1 and not group.ties
 
 
 def _take_sample(sorting: _Sorting, options: PrepareOptions) -> None:

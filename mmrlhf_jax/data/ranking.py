@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mmrlhf_jax.groups import Origin, Pair, Response
+from mmrlhf_jax.groups import Group, Origin, Pair, Response
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,20 @@ def pairs_of(rank: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """All (better, worse) pairs of different rank, in order of index."""
     count = range(len(rank))
     return tuple((i, j) for i in count for j in count if rank[i] < rank[j])
+
+
+def ties_of(rank: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """All pairs (i, j), i < j, of equal rank, in order of index."""
+    return tuple((i, j) for i, j in itertools.combinations(range(len(rank)), 2) if rank[i] == rank[j])
+
+
+def tied(group: Group) -> frozenset[tuple[int, int]]:
+    """The (i, j), i < j, of a group's responses that are equally good: those that somebody said are, and those of equal
+    rank where the pairs listed are all of different rank, and there is one; else nobody may have compared them."""
+    rank = [response.rank for response in group.responses]
+    listed = {(pair.chosen, pair.rejected) for pair in group.pairs}
+    implied = ties_of(rank) if listed and listed == set(pairs_of(rank)) else ()
+    return frozenset((*group.ties, *implied))
 
 
 def weak_order(count: int, preferences: Sequence[Preference]) -> Ranking:

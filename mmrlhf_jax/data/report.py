@@ -13,7 +13,7 @@ import numpy as np
 
 from mmrlhf_jax.command import one_line
 from mmrlhf_jax.data.buckets import MAX_BUCKETS, MULTIPLE, ItemLengths, plan_buckets
-from mmrlhf_jax.data.ranking import pairs_of
+from mmrlhf_jax.data.ranking import pairs_of, tied
 from mmrlhf_jax.data.sources.rows import Rejected, Remark
 from mmrlhf_jax.groups import Group, Lengths, Origin
 
@@ -41,7 +41,7 @@ class Report:
 
     rows                all rows read: those in groups, and `rejected`
     responses           K -> number of groups
-    pairs, ties         preferences; unordered pairs of equal rank in complete orders
+    pairs, ties         preferences; pairs of equally good responses, see `ranking.tied`
     complete, partial   groups whose pairs are all pairs of different rank, and those where some are not known
     lengths             "prompt", "response", "tiles", "total" (prompt + longest response) -> Spread; of every group
                         measured, those over `max_tokens` included; empty without a model
@@ -148,9 +148,6 @@ def report_of(
     ranks = [tuple(response.rank for response in group.responses) for group in groups]
     listed = [{(pair.chosen, pair.rejected) for pair in group.pairs} for group in groups]
     complete = [pairs == set(pairs_of(rank)) for pairs, rank in zip(listed, ranks, strict=True)]
-    ties = sum(
-        n * (n - 1) // 2 for rank, whole in zip(ranks, complete, strict=True) if whole for n in Counter(rank).values()
-    )
     margins = [m for g in groups for p in g.pairs if (m := g.margin(p)) is not None]
     media = [m for group in groups for m in group.media]
     videos = [m for m in media if m.kind == "video"]
@@ -160,7 +157,7 @@ def report_of(
         groups=len(groups),
         responses=dict(Counter(len(group.responses) for group in groups)),
         pairs=sum(len(group.pairs) for group in groups),
-        ties=ties,
+        ties=sum(len(tied(group)) for group in groups),
         complete=sum(complete),
         partial=len(groups) - sum(complete),
         without_pairs=sum(not group.pairs for group in groups),

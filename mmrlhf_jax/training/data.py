@@ -24,7 +24,7 @@ from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.nn.sharding import BatchShare
 from mmrlhf_jax.objectives import DDPO, CritiqueReward, Supervised, VisitDPO
 from mmrlhf_jax.training.held_out import HeldOut, held_out_rows, with_totals
-from mmrlhf_jax.training.recipe import DataConfig, Recipe
+from mmrlhf_jax.training.recipe import DataConfig, Recipe, trains_on_ties
 
 REFERENCE = "reference"  # the kind of annotation that holds reference log-probs, under the name `logp`
 
@@ -53,6 +53,7 @@ def selection_of(recipe: Recipe) -> Selection:
         visits=isinstance(recipe.objective, VisitDPO),
         changed=recipe.objective.segments if isinstance(recipe.objective, DDPO) else None,
         attributes=recipe.reward.attributes,
+        ties=trains_on_ties(recipe.objective),
     )
 
 
@@ -179,7 +180,7 @@ def describe(data: RunData, attention: Callable[[Bucket], str]) -> list[str]:
     """Lines that tell a user what will run, before it does; `attention` names the backend that serves a bucket."""
     items, plan = data.items, data.plan
     lines = [
-        f"{len(items.items)} items, up to {items.responses} responses each, {items.weights.pairs.sum():g} pairs; "
+        f"{len(items.items)} items, up to {items.responses} responses each, {items.pairs.sum()} pairs; "
         f"{items.skipped} groups without a preference skipped",
         f"{plan.steps} steps in {len(plan.micro_batches)} micro-batches; {data.buckets.padding_share:.1%} of slots are "
         f"padding, {plan.filler_share:.1%} of their places for groups stay empty",

@@ -50,11 +50,13 @@ class HeldOut:
 
 def held_out_rows(groups: Sequence[Group], share: float, seed: int) -> list[int]:
     """About `share` of the rows, chosen by prompt and pictures: a prompt never stands on both sides, and a row's side
-    depends on nothing but itself and the seed.
+    depends on nothing but itself and the seed. Where groups answer several questions (`prepare --cross-prompt`), of
+    which another group may ask one too, pictures alone decide for all.
 
     Raises ValueError where one of the sides would be empty.
     """
-    chosen = [row for row, group in enumerate(groups) if _place(group, seed) < share]
+    by_prompt = all(group.one_prompt for group in groups)
+    chosen = [row for row, group in enumerate(groups) if _place(group, seed, by_prompt) < share]
     if not chosen or len(chosen) == len(groups):
         raise ValueError(
             f"evaluation.share {share:g} sets {len(chosen)} of {len(groups)} groups aside: choose a share that leaves "
@@ -63,9 +65,10 @@ def held_out_rows(groups: Sequence[Group], share: float, seed: int) -> list[int]
     return chosen
 
 
-def _place(group: Group, seed: int) -> float:
-    """Where in [0, 1) a group's prompt and pictures fall."""
-    content = [[t.role, t.text] for t in group.prompt], [m.sha256 or m.path for m in group.media]
+def _place(group: Group, seed: int, by_prompt: bool) -> float:
+    """Where in [0, 1) a group's prompt and pictures fall, or its pictures alone, where it has any."""
+    turns = [[t.role, t.text] for t in group.prompt] if by_prompt or not group.media else []
+    content = turns, [m.sha256 or m.path for m in group.media]
     digest = hashlib.sha256(json.dumps([seed, content]).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 

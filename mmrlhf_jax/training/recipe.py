@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,10 +24,13 @@ from mmrlhf_jax.objectives import (
     MMDPO,
     AOTUnpaired,
     AttributeObjective,
+    CritiqueReward,
+    MarginReward,
     Objective,
     PlackettLuce,
     QuantileReward,
     RewardObjective,
+    ScalarReward,
     ScoreObjective,
     Supervised,
 )
@@ -237,6 +241,13 @@ class Recipe:
             raise ValueError("data.pairing = 'pairs' is for preference objectives; supervised fine-tuning has no pairs")
         if supervised and self.data.mean != "pairs":
             raise ValueError("data.mean = 'groups' weighs pairs; supervised fine-tuning is a mean over tokens")
+        if self.data.pairing == "pairs" and trains_on_ties(self.objective):
+            raise ValueError(
+                "data.pairing = 'pairs' trains on pairs alone, without ties: set objective.tie 0 beside it"
+            )
+        if self.data.pairing == "pairs" and isinstance(self.objective, AttributeObjective):
+            name = type(self.objective).__name__
+            raise ValueError(f"data.pairing = 'pairs' counts a rating once a pair, of which {name} needs it once")
         if self.data.mean != "pairs" and isinstance(self.objective, AOT | AOTUnpaired | PlackettLuce):
             name = type(self.objective).__name__
             raise ValueError(f"data.mean = 'groups' weighs pairs, which {name} does not: leave it at 'pairs'")
@@ -257,6 +268,7 @@ class Recipe:
             name = type(self.objective).__name__
             raise ValueError(f"reward.template is the prompt of a critique, which {name} does without")
         _check_outputs(self)
+        _check_numbers(self)
         if self.lora.rank < 0 or self.lora.alpha <= 0:
             raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
         if self.reference == "lora_off" and not self.lora.rank:
@@ -276,6 +288,10 @@ class Recipe:
             raise ValueError("optimizer.b2 and .eps are Adam's: a factored second moment has a decay of its own")
 
 
+def trains_on_ties(objective: Objective) -> bool:
+    return isinstance(objective, CritiqueReward | ScalarReward | MarginReward) and objective.tie > 0
+
+
 def _check_outputs(recipe: Recipe) -> None:
     """Raises ValueError where the head's outputs are not those the objective trains."""
     objective, reward, name = recipe.objective, recipe.reward, type(recipe.objective).__name__
@@ -292,6 +308,35 @@ def _check_outputs(recipe: Recipe) -> None:
     if not objective.bradley_terry and recipe.data.mean != "pairs":
         raise ValueError(f"data.mean = 'groups' weighs pairs, which {name} without bradley_terry does not")
     RewardSettings(critique=False, attributes=reward.attributes, quantiles=reward.quantiles)  # raises what is senseless
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    """Raises ValueError for numbers by which nothing would be trained, or not what was meant."""
+    data, optimizer = recipe.data, recipe.optimizer
+    rates = {f"rates.{part}": rate for part, rate in dataclasses.asdict(optimizer.rates).items()}
+    for name, value, fits, wanted in (
+        ("data.groups_per_step", data.groups_per_step, data.groups_per_step >= 1, "at least 1"),
+        ("data.max_buckets", data.max_buckets, data.max_buckets >= 1, "at least 1"),
+        ("data.multiple", data.multiple, data.multiple >= 1, "at least 1"),
+        ("data.slots_per_device", data.slots_per_device, data.slots_per_device >= 0, "not negative"),
+        ("data.workers", data.workers, data.workers >= 0, "not negative"),
+        ("data.max_steps", data.max_steps, data.max_steps is None or data.max_steps >= 1, "at least 1"),
+        ("data.epochs", data.epochs, 0 < data.epochs < math.inf, "positive and finite"),
+        ("optimizer.warmup", optimizer.warmup, 0 <= optimizer.warmup <= 1, "a share of all steps, from 0 to 1"),
+        ("optimizer.b1", optimizer.b1, 0 <= optimizer.b1 < 1, "in [0, 1)"),
+        ("optimizer.b2", optimizer.b2, 0 <= optimizer.b2 < 1, "in [0, 1)"),
+        ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "positive"),
+        ("optimizer.clip_norm", optimizer.clip_norm, optimizer.clip_norm > 0, "positive; inf = never"),
+        ("compute.vocab_chunk", recipe.compute.vocab_chunk, recipe.compute.vocab_chunk >= 1, "at least 1"),
+        *(
+            (f"optimizer.{name}", value, 0 <= value < math.inf, "finite and not negative")
+            for name, value in (
+                ("learning_rate", optimizer.learning_rate), ("weight_decay", optimizer.weight_decay), *rates.items()
+            )
+        ),
+    ):  # fmt: skip
+        if not fits:
+            raise ValueError(f"{name} is {value}: it must be {wanted}")
 
 
 def _check_evaluation(evaluation: EvaluationConfig) -> None:

@@ -54,9 +54,9 @@ def loading_rates(recipe: Recipe) -> PartRates:
 
 
 def sharing_tower(recipe: Recipe, reference: Any) -> Any:
-    """`reference` as the step takes it: a tower that never moves is the policy's, and every picture is seen once for
-    both. A reference that is another model keeps its own."""
-    own = recipe.optimizer.rates.tower or recipe.reference_model
+    """`reference` as the step takes it: a tower that never moves, as under adapters, is the policy's, and every picture
+    is seen once for both. A reference that is another model keeps its own."""
+    own = (recipe.optimizer.rates.tower and not recipe.lora.rank) or recipe.reference_model
     return reference if own else dataclasses.replace(reference, tower=None)
 
 

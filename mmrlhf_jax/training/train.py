@@ -322,6 +322,11 @@ def _evaluate(run: Session, state: TrainState) -> bool:
     record = run.evaluate(state, run.reference(state))
     run.records.append(record)
     run.log.evaluation(record)
+    if bad := [name for name, value in record.items() if not math.isfinite(value)]:
+        say(
+            f"note: step {record['step']}: not finite over the held-out groups: {', '.join(bad)}. This evaluation "
+            "counts for nothing; compute.dtype float32 may help"
+        )
     return _enough(run)
 
 
@@ -360,7 +365,6 @@ def _record(
         **values,
         "learning_rate": float(schedule(step - 1)),
         **lap,
-        "pairs_per_second": totals.pairs / lap["seconds"],
         "groups_per_second": totals.groups / lap["seconds"],
         "response_tokens_per_second": totals.tokens / lap["seconds"],
         **work.rates(step, lap["seconds"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import runpy
@@ -23,6 +24,7 @@ from mmrlhf_jax.data.sources.rows import SourceOptions
 from mmrlhf_jax.data.write_back import WriteBackError, write_back
 from mmrlhf_jax.groups import Group, Lengths, Media, Origin, Pair, Response, Turn
 from mmrlhf_jax.inference.prompts import dataset_prompts
+from mmrlhf_jax.training.held_out import held_out_rows
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "prepare.py"
 ONE, OTHER = (Media("image", name, ((4, 4),), name * 32) for name in ("a1", "b2"))
@@ -181,6 +183,33 @@ def test_question_by_question_it_is_the_groups_it_was_made_of() -> None:
         assert [(r.text, r.score) for r in own.responses] == [(r.text, r.score) for r in group.responses]
         assert own.pairs == group.pairs
     assert groups[0].by_question() == (groups[0],)
+
+
+def test_facts_and_ties_are_kept() -> None:
+    """Facts are about the picture: what is said of it differs, so do the groups."""
+    ones = [
+        dataclasses.replace(asked(name, f"{name}?", 1.0, 1.0, 0.5), facts=("A cat.",), ties=((0, 1),)) for name in "ab"
+    ]
+    crossed, _ = cross_prompts(ones, Crossing(9))
+    assert crossed[0].facts == ("A cat.",)
+    assert [group.ties for group in crossed[0].by_question()] == [((0, 1),)] * 2
+    other = dataclasses.replace(ones[1], facts=("A dog.",))
+    with pytest.raises(CrossPromptError):
+        cross_prompts([ones[0], other], Crossing(9))
+
+
+def test_a_question_that_stands_in_two_groups_stands_on_one_side_of_a_held_out_split() -> None:
+    """ "Two?" is part of a merged group and a group of its own."""
+    for number in range(20):
+        media = tuple(Media("image", f"{number}{k}", ((4, 4),), f"{number}{k}" * 16) for k in range(2))
+        groups = [asked(f"{k}{name}", name, 2.0, 1.0, media=(media[k],)) for k in range(2) for name in ("One?", "Two?")]
+        kept, _ = cross_prompts(
+            [*groups, *(asked(f"x{k}", "Two?", 9.0, media=(media[k],)) for k in range(2))], Crossing(1)
+        )
+        assert len(kept) == 4
+        with contextlib.suppress(ValueError):  # all on one side
+            aside = held_out_rows(kept, 0.5, number)
+            assert {kept[row].media for row in aside}.isdisjoint(kept[row].media for row in {*range(4)} - {*aside})
 
 
 def test_the_audit_looks_at_pairs_within_questions_alone() -> None:

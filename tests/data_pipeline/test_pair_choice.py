@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,12 +21,12 @@ from data_samples import row, sorted_out, write_rows
 from mmrlhf_jax.command import UsageError
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.pair_choice import best_and_worst, choose_pairs, far_apart
-from mmrlhf_jax.data.pipeline import Item, Selection, tie_weights
+from mmrlhf_jax.data.pipeline import Item, Selection, select, tie_weights
 from mmrlhf_jax.data.prepare import PrepareError, PrepareOptions, prepare
 from mmrlhf_jax.data.ranking import by_score
 from mmrlhf_jax.data.sources import read_source
 from mmrlhf_jax.data.sources.rows import SourceOptions
-from mmrlhf_jax.groups import Group, Origin, Pair, Response, Turn
+from mmrlhf_jax.groups import Group, Lengths, Origin, Pair, Response, Turn
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch" / "prepare.py"
 SCORED = {"prompt": "q", "responses": "a", "score": "s"}
@@ -70,6 +71,21 @@ def test_what_is_close_is_no_tie_and_what_is_equal_is_one() -> None:
 
     assert ties(far_apart(scored(3, 3, 1), 1.0)) == 1
     assert ties(far_apart(scored(3, 2.9, 1), 1.0)) == 0
+    stated = dataclasses.replace(scored(3, 3, 2.9), ties=((0, 1),))
+    assert (ties(stated), ties(far_apart(stated, 1.0))) == (1, 0)
+    nobody_compared = scored(3, 3)
+    assert (ties(nobody_compared), ties(dataclasses.replace(nobody_compared, ties=((0, 1),)))) == (0, 1)
+
+
+def test_a_group_of_ties_alone_is_of_use_where_ties_are_trained_on() -> None:
+    tied, plain = dataclasses.replace(scored(2, 2), ties=((0, 1),)), scored(3, 1)
+    lengths = [Lengths(0, 4, (2, 2))] * 2
+    with_ties, without = (
+        select([tied, plain], lengths, Selection(preferences=True, ties=wanted)) for wanted in (True, False)
+    )
+    assert [item.row for item in with_ties.items] == [0, 1]
+    assert with_ties.weights.ties.tolist() == [1, 0]
+    assert ([item.row for item in without.items], without.skipped) == ([1], 1)
 
 
 def test_a_margin_of_the_row_counts_too_and_a_missing_one_is_refused() -> None:

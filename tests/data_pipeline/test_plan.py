@@ -69,6 +69,13 @@ def test_the_order_depends_on_the_seed_not_on_devices_or_buckets():
     assert steps(items, buckets(items), seed=1).fingerprint != one.fingerprint
 
 
+@pytest.mark.parametrize("epochs", [1.1, 0.07, 0.3, 2.0])
+def test_parts_of_epochs_are_no_step_more_for_the_rounding_of_a_product(epochs):
+    """100 * 1.1 is 110.00000000000001 in floats."""
+    items = lengths(100)
+    assert steps(items, buckets(items), groups_per_step=1, epochs=epochs).steps == round(100 * epochs)
+
+
 def test_max_steps_decides_whatever_the_epochs_say():
     items = lengths(100)
     assert [steps(items, buckets(items), max_steps=n).steps for n in (3, 11)] == [3, 11]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
@@ -168,6 +169,26 @@ def test_a_directory_that_holds_something_else_is_left_alone(options: Any) -> No
     with pytest.raises(DatasetError, match="exists and is not a prepared dataset: choose another --output"):
         prepare(options(MIXED))
     assert (output / "thesis.txt").read_text() == "mine"
+
+
+def test_what_another_job_prepared_meanwhile_is_found_done_with_its_annotations(
+    options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other job ends while this one waits for the lease."""
+    annotations = Path(options(MIXED).output) / "annotations" / "reference"
+    real = prepare_module.lease
+
+    @contextlib.contextmanager
+    def waited_for(file: Any, what: str) -> Any:
+        monkeypatch.setattr(prepare_module, "lease", real)
+        prepare(options(MIXED))
+        annotations.mkdir(parents=True)
+        with real(file, what):
+            yield
+
+    monkeypatch.setattr(prepare_module, "lease", waited_for)
+    assert prepare(options(MIXED)).groups == 4
+    assert annotations.exists()
 
 
 def test_an_interrupted_run_leaves_nothing_under_the_name_and_the_next_one_finishes(
@@ -390,9 +411,9 @@ def test_scores_that_rank_nothing_are_told(options: Any) -> None:
     mapping = {"id": "id", "prompt": "question", "responses": "answers", "score": "points"}
     changes: dict[str, Any] = {"source": "mapped", "media": None, "source_options": SourceOptions(mapping=mapping)}
     report = prepare(options([scored], **changes))
-    assert (report.pairs, report.ties) == (0, 1)
+    assert (report.pairs, report.ties) == (0, 0)  # nobody said that they are equal
     assert [(note.text, note.rows) for note in report.remarks] == [
-        ("scored responses of one rank are ties; --gap 0 has their scores rank", 1)
+        ("scored responses without ranks: none is preferred; --gap 0 has their scores rank", 1)
     ]
     ranked = prepare(options([scored], **changes, gap=0.0, output=options([]).output + "-ranked"))
     assert (ranked.pairs, ranked.ties, ranked.remarks) == (1, 0, ())

@@ -116,6 +116,19 @@ def test_a_tie_joins_both_responses_without_a_pair(read: Any) -> None:
     (group,), _, _ = read(lines)
     assert [(r.text, r.rank) for r in group.responses] == [("a", 0), ("b", 0), ("c", 1)]
     assert group.pairs == (Pair(0, 2), Pair(1, 2))
+    assert group.ties == ((0, 1),)
+    assert Group.from_json(group.to_json()) == group
+
+
+def test_a_tie_is_kept_where_the_rest_was_not_compared(read: Any) -> None:
+    (alone,), _, _ = read([row(chosen="a", rejected="b", is_tie=True)])
+    assert (alone.pairs, alone.ties) == ((), ((0, 1),))
+    (half,), _, _ = read([row(chosen="b", rejected="c"), row(chosen="b", rejected="a", is_tie=True)])
+    assert [half.responses[k].text for k in half.ties[0]] == ["b", "a"]
+    assert len(half.pairs) == 1  # nobody said that a is better than c
+    (bare,), _, _ = read([row(chosen="a", rejected="b"), row(chosen="a", rejected="c")])
+    assert bare.ties == ()
+    assert '"ties"' not in bare.to_json()  # stored as before it existed
 
 
 def test_rows_that_contradict_each_other_are_all_rejected_and_nobody_else(read: Any) -> None:

@@ -108,6 +108,7 @@ def test_scores_are_means_and_reasons_all_three(read: Any) -> None:
     ]
     assert group.pairs == (Pair(0, 2), Pair(1, 2))
     assert group.margin(group.pairs[0]) == 14 / 3 - 2
+    assert group.ties == ((0, 1),)
     why = "Helpfulness: Why.\nVisual Faithfulness: Why.\nEthical Considerations: Why."
     assert [r.reason for r in group.responses] == [why, None, why]
 

@@ -10,7 +10,7 @@ from small_world import SmallWorld
 
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.models.families import read_config
-from mmrlhf_jax.models.llava_onevision.cost import GroupShape, group_flops, pairs_flops
+from mmrlhf_jax.models.llava_onevision.cost import GroupShape, group_flops
 from mmrlhf_jax.models.llava_onevision.render import load_renderer
 from mmrlhf_jax.objectives import DPO
 from mmrlhf_jax.study.cost import pairs_of_equal_cost
@@ -31,7 +31,11 @@ def test_pairs_of_a_step_cost_what_its_groups_do(small_world: SmallWorld) -> Non
         listed = [(pair.chosen, pair.rejected) for pair in group.pairs]
         if listed:
             whole.append(group_flops(config, shape).total)
-            single += [pairs_flops(config, shape, [pair], reference=False).total for pair in listed]
+            alone = [  # each answer as a sequence of its own, of its own length
+                group_flops(config, GroupShape(lengths.tiles, lengths.prompt, (length,))).total
+                for length in lengths.responses
+            ]
+            single += [alone[chosen] + alone[rejected] for chosen, rejected in listed]
     ratio = found * np.mean(single) / (50 * np.mean(whole))
     assert abs(ratio - 1) < 0.5 * np.mean(single) / (50 * np.mean(whole)) + 1e-9  # to the nearest pair
     assert found < 50 * len(single) / len(whole)  # fewer pairs than the groups hold

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +32,18 @@ from mmrlhf_jax.objectives import (
     OBJECTIVES,
     AttributeObjective,
     BetaDPO,
+    CritiqueReward,
+    MultiObjectiveReward,
     PlackettLuce,
     QuantileReward,
     RewardObjective,
+    ScalarReward,
     StepDPO,
     TokenwiseReward,
     VisitDPO,
 )
 from mmrlhf_jax.training.data import selection_of
-from mmrlhf_jax.training.recipe import DataConfig, Recipe, RewardConfig
+from mmrlhf_jax.training.recipe import DataConfig, OptimizerConfig, PartRates, Recipe, RewardConfig
 from mmrlhf_jax.training.state import TrainState, partition
 from mmrlhf_jax.training.step import (
     initial_averages,
@@ -214,6 +218,35 @@ def test_weights_that_an_objective_would_not_read_are_refused(objective):
     with pytest.raises(ValueError, match=f"data.mean = 'groups' weighs pairs, which {name} does not"):
         Recipe(objective=objective, data=DataConfig(mean="groups"))
     assert Recipe(objective=MMDPO(), data=DataConfig(mean="groups")).data.mean == "groups"
+
+
+@pytest.mark.parametrize("objective", [ScalarReward(), CritiqueReward(), MultiObjectiveReward()])
+def test_what_pairs_alone_cannot_train_is_refused(objective):
+    single = DataConfig(pairing="pairs")
+    outputs = RewardConfig(attributes=("help",)) if isinstance(objective, MultiObjectiveReward) else RewardConfig()
+    with pytest.raises(ValueError, match=r"data\.pairing = 'pairs'"):
+        Recipe(objective=objective, data=single, reward=outputs)
+    Recipe(objective=ScalarReward(tie=0.0), data=single)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "said"),
+    [
+        ("data", {"groups_per_step": 0}, "data.groups_per_step is 0: it must be at least 1"),
+        ("data", {"max_steps": 0}, "data.max_steps is 0: it must be at least 1"),
+        ("data", {"epochs": 0.0}, "data.epochs is 0.0: it must be positive"),
+        ("data", {"max_buckets": 0}, "data.max_buckets"),
+        ("data", {"multiple": 0}, "data.multiple"),
+        ("optimizer", {"warmup": 100.0}, "optimizer.warmup is 100.0: it must be a share of all steps, from 0 to 1"),
+        ("optimizer", {"b2": 1.0}, "optimizer.b2"),
+        ("optimizer", {"learning_rate": math.nan}, "optimizer.learning_rate is nan: it must be finite"),
+        ("optimizer", {"rates": PartRates(decoder=-1.0)}, "optimizer.rates.decoder is -1.0"),
+    ],
+)
+def test_numbers_by_which_nothing_would_be_learned_are_refused(part, changes, said):
+    fields = {"data": DataConfig(), "optimizer": OptimizerConfig()}
+    with pytest.raises(ValueError, match=said):
+        Recipe(objective=DPO(), **{part: dataclasses.replace(fields[part], **changes)})
 
 
 def test_a_reference_or_a_template_that_nothing_reads_is_refused():

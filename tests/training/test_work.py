@@ -57,9 +57,10 @@ def test_pairs_mode_forwards_each_prompt_twice_a_pair(small_world):
 
 
 def test_mfu_is_operations_over_peak_and_time():
-    work = Work(np.array([10.0, 20.0]), np.array([3e12, 6e12]), peak=2e12)
+    work = Work(np.array([10.0, 20.0]), np.array([3e12, 6e12]), np.array([4.0, 5.0]), peak=2e12)
     assert work.rates(2, 4.0) == {
         "tokens_per_second": 5.0,
+        "pairs_per_second": 1.25,
         "model_tflops_per_second": 1.5,
         "mfu": 0.75,
     }

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmrlhf_jax.data.ranking import by_score, pairs_of
+from mmrlhf_jax.data.ranking import by_score, pairs_of, ties_of
 from mmrlhf_jax.data.sources.pictures import media_of
 from mmrlhf_jax.data.sources.rows import (
     MAX_RESPONSES,
@@ -107,7 +107,8 @@ def _check_first(row: Row, mapping: Mapping[str, str]) -> None:
 def _group(row: Row, mapping: Mapping[str, str], options: SourceOptions) -> Group:
     found = _fields(row, mapping)
     media = media_of(found.get("image"), found.get("video"), options.store)
-    responses, pairs = _ranked(_merge(_responses(found["responses"], found)), options.by_score and "rank" not in found)
+    ranked, scored = "rank" in found, options.by_score
+    responses, pairs = _ranked(_merge(_responses(found["responses"], found)), scored and not ranked)
     return Group(
         id=id_of(found["id"], "id") if "id" in found else str(row.origin),
         prompt=(Turn("user", prompt_of(found["prompt"], media, "prompt")),),
@@ -116,6 +117,7 @@ def _group(row: Row, mapping: Mapping[str, str], options: SourceOptions) -> Grou
         pairs=pairs,
         origins=(row.origin,),
         facts=_facts(found.get("facts")),
+        ties=ties_of([response.rank for response in responses]) if ranked or scored else (),
     )
 
 

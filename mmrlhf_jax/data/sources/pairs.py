@@ -171,7 +171,9 @@ def _assemble(rows: list[PairRow], index: dict[str, int], rank: tuple[int, ...],
                 tally.differing_reasons += 1
     texts = sorted(index, key=lambda text: (rank[index[text]], index[text]))
     place = {text: i for i, text in enumerate(texts)}
-    pairs = [Pair(place[r.chosen], place[r.rejected], r.margin) for r in rows if r.rejected is not None and not r.tie]
+    compared = [(place[r.chosen], place[r.rejected], r) for r in rows if r.rejected is not None]
+    pairs = [Pair(chosen, rejected, row.margin) for chosen, rejected, row in compared if not row.tie]
+    ties = {(min(one, other), max(one, other)) for one, other, row in compared if row.tie}
     return Group(
         id=rows[0].id,
         prompt=rows[0].prompt,
@@ -179,4 +181,5 @@ def _assemble(rows: list[PairRow], index: dict[str, int], rank: tuple[int, ...],
         responses=tuple(Response(text, rank[index[text]], reason=reasons.get(text)) for text in texts),
         pairs=tuple(sorted(pairs, key=lambda pair: (pair.chosen, pair.rejected))),
         origins=tuple(row.origin for row in rows),
+        ties=tuple(sorted(ties)),
     )

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from mmrlhf_jax.data.ranking import by_score
+from mmrlhf_jax.data.ranking import by_score, ties_of
 from mmrlhf_jax.data.sources.pictures import Store, picture_of
 from mmrlhf_jax.data.sources.rows import (
     MAX_RESPONSES,
@@ -102,6 +102,7 @@ def _group(row: Row, store: Store | None) -> tuple[Group, tuple[str, ...]]:
         responses=tuple(responses),
         pairs=pairs,
         origins=(row.origin,),
+        ties=ties_of([response.rank for response in responses]),
     )
     notes = ((UNRATED, len(found) < len(rated)), (TWICE, twice))
     return group, tuple(note for note, true in notes if true)
