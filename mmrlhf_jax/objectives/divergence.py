@@ -3,7 +3,9 @@
 With t = policy / reference, DPO under an f-divergence compares f'(t) of both responses; reverse KL's is log t, up to a
 constant that cancels.
 
-Source: https://arxiv.org/abs/2309.16240, as TRL 1.16 has it (its clamp of the alpha-divergence's exponent included).
+Source: https://arxiv.org/abs/2309.16240, as TRL 1.16 has it, its clamp of the alpha-divergence's exponent included; the
+forward KL, which is alpha = 0, has that clamp here too: without it a response 89 nats below the reference is infinite
+in fp32, and the gradient of its pair not a number.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Divergent:
 def derivative(log_t: jax.Array, divergence: Divergence, alpha: float = DEFAULT_ALPHA) -> jax.Array:
     """f'(t), shape of `log_t`: log t | 1 - 1/t | log(2t / (1 + t)) | (t^(alpha - 1) - 1) / (alpha - 1)."""
     if divergence == "forward_kl":
-        return 1 - jnp.exp(-log_t)
+        return 1 - jnp.exp(jnp.minimum(-log_t, LARGEST_EXPONENT))
     if divergence == "js_divergence":
         return math.log(2) + jax.nn.log_sigmoid(log_t)
     if divergence == "alpha_divergence" and abs(alpha - 1) >= 1e-6:

@@ -177,8 +177,12 @@ def pair_sums(tokens: Tokens, against: jax.Array, values: jax.Array, responses: 
 
 
 def per_token(values: Sides, length: Sides) -> Sides:
-    """Divided by the number of tokens, at least 1."""
-    return Sides(values.chosen / jnp.maximum(length.chosen, 1), values.rejected / jnp.maximum(length.rejected, 1))
+    """Divided by the number of tokens, or the sum of their weights; 0 where there are none."""
+
+    def divided(values: jax.Array, length: jax.Array) -> jax.Array:
+        return jnp.where(length > 0, values / jnp.where(length > 0, length, 1), 0)
+
+    return Sides(divided(values.chosen, length.chosen), divided(values.rejected, length.rejected))
 
 
 def pair_mean(per_pair: jax.Array, inputs: PreferenceInputs) -> jax.Array:

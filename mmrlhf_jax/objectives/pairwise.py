@@ -15,7 +15,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from mmrlhf_jax.objectives.divergence import Divergent
+from mmrlhf_jax.objectives.divergence import LARGEST_EXPONENT, Divergent
 from mmrlhf_jax.objectives.pairs import (
     Pairs,
     PreferenceInputs,
@@ -216,8 +216,9 @@ class DiscoPOP(Divergent, Pairwise):
 
     def per_pair(self, pairs: Pairs) -> jax.Array:
         z = self.beta * self.score(pairs).difference
-        modulation = jax.nn.sigmoid(z / self.tau)
-        return -(1 - modulation) * jax.nn.log_sigmoid(z) + modulation * jnp.exp(-z)
+        # m exp(-z) as one exponential: where z is far below 0, m is 0 and exp(-z) infinite in fp32
+        exponential = jnp.exp(jnp.minimum(jax.nn.log_sigmoid(z / self.tau) - z, LARGEST_EXPONENT))
+        return -jax.nn.sigmoid(-z / self.tau) * jax.nn.log_sigmoid(z) + exponential
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,28 @@ def test_the_lists_above_are_all_of_them():
     assert set(typing.get_args(Objective)) == set(OBJECTIVES.values())
 
 
+@pytest.mark.parametrize("lower", ["policy", "reference"])
+@preference
+def test_far_from_the_reference_a_gradient_is_still_a_number(objective, lower):
+    """In fp32, where exp(89) is infinite: a response 400 nats from where it was before training."""
+    if isinstance(objective, IPO) and objective.divergence == "forward_kl" and lower == "policy":
+        return  # the square of such an exponential is infinite, and the step is named and not saved
+    with jax.enable_x64(False):
+        inputs = random_step()
+        assert inputs.tokens.logp.dtype == jnp.float32
+        logp, reference = inputs.tokens.logp, inputs.tokens.reference_logp
+        if lower == "policy":
+            logp = logp.at[1, 0].add(-400)
+        else:
+            low = with_token_logps(inputs, reference.at[1, 0].add(-400))
+            inputs = inputs.replace(
+                reference_logp=low.logp, tokens=inputs.tokens.replace(reference_logp=low.tokens.logp)
+            )
+        loss, gradient = jax.value_and_grad(lambda logp: objective(with_token_logps(inputs, logp))[0])(logp)
+        assert jnp.isfinite(loss)
+        assert jnp.isfinite(gradient).all()
+
+
 @separable
 def test_micro_batches_sum_to_the_step(objective):
     whole = random_step()

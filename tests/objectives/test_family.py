@@ -199,6 +199,15 @@ def test_golden_segment_weights():
     assert loss_of(DDPO(weight=5.0), inputs) == pytest.approx(-log_sigmoid(0.5 * (-2.75 + 1)), rel=1e-12)
 
 
+def test_an_average_is_over_the_weights_however_small():
+    """All tokens differ and weigh 0.1: averaged, they say what they do at weight 1."""
+    tokens = tokens_of([[[1, 2, 3], [7, 8]]], [[[-1.0, -2.0, -6.0], [-4.0, -2.0]]], [[[0.0] * 3, [0.0] * 2]])
+    inputs = inputs_of(tokens, [[[0, 1], [0, 0]]])
+    values = [loss_of(DDPO(weight=weight), inputs) for weight in (0.1, 1.0)]
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    assert values[1] == pytest.approx(-log_sigmoid(0.5 * (-3 + 3)), rel=1e-12)
+
+
 def test_segments_depend_on_the_response_compared_with():
     """One answer, corrected in two places by two others: each pair weighs its own place."""
     texts = [[1, 2, 3, 4], [9, 2, 3, 4], [1, 2, 3, 8, 8]]
