@@ -206,16 +206,23 @@ def _gap(arguments: GeneralisationGap) -> None:
     if (found := find_done(arguments.output, settings)) is not None:
         answering.show_done(arguments.output, sheet, found)
         return
-    _write(arguments.output, sheet, settings, generalisation_gap.measure(inside, outside), [])
+    measured, remarks = generalisation_gap.measure(inside, outside), generalisation_gap.remarks(inside, outside)
+    _write(arguments.output, sheet, settings, measured, [], remarks)
 
 
 def _write(
-    output: str, columns: Columns, settings: Mapping[str, Any], measured: Measured, records: Sequence[Mapping[str, Any]]
+    output: str,
+    columns: Columns,
+    settings: Mapping[str, Any],
+    measured: Measured,
+    records: Sequence[Mapping[str, Any]],
+    remarks: Sequence[str] = (),
 ) -> None:
     systems = {"model": measured}
+    results = {"benchmark": columns.title, "settings": settings, "remarks": list(remarks), "systems": systems}
     with _lease(output):
-        write(output, {"benchmark": columns.title, "settings": settings, "remarks": [], "systems": systems}, records)
-    print("\n".join([*table(columns, systems, []), f"rows and figures: {output}"]))
+        write(output, results, records)
+    print("\n".join([*table(columns, systems, remarks), f"rows and figures: {output}"]))
 
 
 def _reward_benchmark(chosen: RewardBench | VLRewardBench) -> None:

@@ -111,6 +111,7 @@ def sha256_of(file: str, flag: str = "--input") -> str:
 def _settings(arguments: AnswerArguments, benchmark: AnswerBenchmark) -> dict[str, Any]:
     """What the figures depend on and can be told before a model is loaded."""
     named = {name: getattr(arguments, name, None) for name in FILES}
+    baseline = getattr(arguments, "baseline", None)
     return {
         "benchmark": benchmark.name,
         "input_sha256": [sha256_of(file) for file in files_of(arguments)],
@@ -119,6 +120,7 @@ def _settings(arguments: AnswerArguments, benchmark: AnswerBenchmark) -> dict[st
         "reward_model": None if arguments.reward is None else absolute(arguments.reward),
         **options(arguments),
         **{f"{name}_sha256": sha256_of(file, f"--{name}") for name, file in named.items() if file is not None},
+        **({"baseline_sha256": final_answer.sha256_of_baseline(baseline)} if baseline is not None else {}),
     }
 
 

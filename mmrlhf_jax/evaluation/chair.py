@@ -10,9 +10,10 @@ recall the share of the objects there that are mentioned (all of these over the 
 `response` is CHAIRs among the descriptions that mention any object (Object HalBench's, RLHF-V).
 
 Mentions are found as the released script finds them: `COMPOUNDS` are read as one (a baby bear is no baby, home plate
-no plate), and beside a toilet no seat is a chair. What differs: the script takes the singulars of a
-language library, in which any word may become another; here a word is a mention only if it, or a singular of it by
-`singulars`, stands in the user's file. Synonyms of any number of words are found, the longest first.
+no plate), never across a sign of punctuation or a possessive's 's, and beside a toilet no seat is a chair. What
+differs: the script takes the singulars of a language library, in which any word may become another; here a word is a
+mention only if it, or a singular of it by `singulars`, stands in the user's file. Synonyms of any number of words are
+found, the longest first.
 """
 
 from __future__ import annotations
@@ -69,7 +70,29 @@ _IRREGULAR = {
     "teeth": "tooth",
     "oxen": "ox",
 }
-_WORD = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*")
+_TOKEN = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*|[^\sa-z0-9]")
+_POSSESSIVE = "'s"
+
+
+def tokens(text: str) -> list[str]:
+    """Words in small letters, a possessive's 's and each other sign on its own, as the released script's tokenizer."""
+    found = list[str]()
+    for token in _TOKEN.findall(text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")):
+        if token.endswith(_POSSESSIVE):
+            found += [token.removesuffix(_POSSESSIVE), _POSSESSIVE]
+        else:
+            found.append(token)
+    return found
+
+
+def phrase(name: str) -> str:
+    """A name as `mentions` reads it, without the signs around it."""
+    found = tokens(name)
+    while found and not found[-1][-1].isalnum():
+        found.pop()
+    while found and not found[0][0].isalnum():
+        found.pop(0)
+    return " ".join(found)
 
 
 @dataclass(frozen=True)
@@ -95,8 +118,7 @@ def read_synonyms(file: str) -> Synonyms:
         raise BenchmarkError(f"{file} is not UTF-8 at byte {error.start}: re-save it as UTF-8") from error
     names: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
-        words = [" ".join(_WORD.findall(part.lower())) for part in line.split(",")]
-        words = [word for word in words if word]
+        words = [word for part in line.split(",") if (word := phrase(part))]
         for word in words:
             if names.setdefault(word, words[0]) != words[0]:
                 raise BenchmarkError(
@@ -127,7 +149,7 @@ def singulars(word: str) -> tuple[str, ...]:
 
 def mentions(text: str, synonyms: Synonyms) -> list[str]:
     """The names of all objects mentioned, once a mention, in order."""
-    words = _WORD.findall(text.lower())
+    words = tokens(text)
     found: list[tuple[str, str]] = []
     at = 0
     while at < len(words):
@@ -162,7 +184,7 @@ def check(row: Row, store: Store, synonyms: Synonyms) -> Question:
         raise RowError("the row has neither 'objects' nor 'captions': what is in the picture?")
     there: set[str] = set()
     for name in objects:
-        word = " ".join(_WORD.findall(name.lower()))
+        word = phrase(name)
         if word not in synonyms.names:
             raise RowError(f"'objects': {name[:80]!r} is not in the file of synonyms")
         there.add(synonyms.names[word])

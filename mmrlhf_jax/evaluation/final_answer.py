@@ -6,7 +6,7 @@ and `kind`, how an answer is read (or --kind for all rows):
 
     number   what stands behind the last `####`, in the last \\boxed{}, or behind the last "answer is" or "answer:",
              else the whole text; the last number of it (the first behind one of these marks); equal as numbers, commas,
-             signs of currency and percent aside; fractions a/b are numbers
+             signs of currency and percent aside; 1/2, \\frac{1}{2}, 2\\frac{1}{2}, 5e-05, 5 \\times 10^{-5} are numbers
     choice   a letter A to H: behind such a mark, or the whole answer, or the one it begins with ("B.", "(B) ..."), or
              the last in parentheses
     yes_no   the first yes or no, behind such a mark if there is one
@@ -20,6 +20,7 @@ an earlier evaluation of the same rows: the table has its figures too, rows that
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -27,6 +28,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from typing import Any, Literal, cast, get_args
+
+from etils import epath
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.data.sources.pictures import Store, media_of
@@ -50,7 +53,10 @@ Kind = Literal["number", "choice", "yes_no", "text"]
 MOST_DIGITS = 200  # of a number; Python itself refuses to read very long ones
 
 _MARK = re.compile(r"####|\\boxed\{|\banswer\s*(?:is\s*:?|:)", re.IGNORECASE)
-_NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|(?<![\w.])-?\.\d+")
+_NUMBER = re.compile(r"(?<![\w.])-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?(?:/\d+)?")
+_SIGNED_CURRENCY = re.compile(r"-\s*\\?[$€£¥]\s*(?=[\d.])")  # -$5
+_TEX_FRACTION = re.compile(r"(\d{1,50})?\s{0,4}\\[dt]?frac\s*\{\s*(\d{1,50})\s*\}\s*\{\s*(\d{1,50})\s*\}")
+_POWER_OF_TEN = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|×|\*)\s*10\s*\^\s*\{?\s*(-?\d{1,50})\s*\}?")
 _CHOICE = re.compile(r"\(?\b([A-H])\b\)?")
 _BEGINS = re.compile(r"\s*\(?([A-H])(?:[).:,]|\s*$)")
 _IN_PARENTHESES = re.compile(r"\(([A-H])\)")
@@ -86,16 +92,27 @@ def _braced(text: str) -> str:
 
 
 def _number(behind: str | None, text: str) -> str | None:
-    found = _NUMBER.findall(text if behind is None else behind)
+    found = _NUMBER.findall(_one_notation(text if behind is None else behind))
     if not found:
         return None
     said = found[-1 if behind is None else 0].replace(",", "")
-    if len(said) > MOST_DIGITS:
-        return None
     top, _, bottom = said.partition("/")
-    if bottom and not int(bottom):
+    exponent = top.lower().partition("e")[2]
+    if len(said) > MOST_DIGITS or abs(int(exponent or 0)) > MOST_DIGITS or (bottom and not int(bottom)):
         return None
     return str(Fraction(top) / int(bottom or 1))
+
+
+def _one_notation(text: str) -> str:
+    """Signs, fractions and powers of ten as `_NUMBER` has them."""
+    text = _SIGNED_CURRENCY.sub("-", text.replace("\N{MINUS SIGN}", "-"))
+    text = _POWER_OF_TEN.sub(r"e\1", text)
+    return _TEX_FRACTION.sub(_fraction, text)
+
+
+def _fraction(found: re.Match[str]) -> str:
+    whole, top, bottom = found.groups()
+    return f"{int(whole or 0) * int(bottom) + int(top)}/{bottom}"
 
 
 def _choice(behind: str | None, text: str) -> str | None:
@@ -142,7 +159,7 @@ def _kind(value: Any) -> Kind:
 def verdict(question: Question, answers: Sequence[Answer], _: Sequence[Reply]) -> Record:
     found = extract(answers[0].text, question.facts["kind"])
     expected = question.facts["expected"]
-    return {"expected": expected, "found": found, "right": found == expected}
+    return {"kind": question.facts["kind"], "expected": expected, "found": found, "right": found == expected}
 
 
 def figures(records: Sequence[Record]) -> Mapping[str, Any]:
@@ -159,11 +176,21 @@ def measure(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
 # --- the guard --------------------------------------------------------------------------------------------------------
 
 
-def read_baseline(directory: str, records: Sequence[Record]) -> list[Record]:
-    """An earlier evaluation's records of the same rows, in their order. Raises BenchmarkError where it has others."""
+def sha256_of_baseline(directory: str) -> str:
+    """Of the rows of an earlier evaluation. Raises BenchmarkError where there are none."""
+    return hashlib.sha256(_rows_of(directory).read_bytes()).hexdigest()
+
+
+def _rows_of(directory: str) -> epath.Path:
     path = storage.to_path(directory) / ROWS
     if not path.exists():
         raise BenchmarkError(f"{path} does not exist: --baseline is the output of an earlier final_answer")
+    return path
+
+
+def read_baseline(directory: str, records: Sequence[Record]) -> list[Record]:
+    """An earlier evaluation's records of the same rows, in their order. Raises BenchmarkError where it has others."""
+    path = _rows_of(directory)
     try:
         rows = [json.loads(line) for line in path.read_bytes().decode().split("\n") if line]
         found = {row["id"]: row for row in rows if isinstance(row["right"], bool) and row["expected"]}
@@ -171,7 +198,8 @@ def read_baseline(directory: str, records: Sequence[Record]) -> list[Record]:
         raise BenchmarkError(f"{path} is not of final_answer: {error}") from error
     for record in records:
         before = found.get(record["id"])
-        if before is None or before["expected"] != record["expected"] or len(rows) != len(records):
+        same = before is not None and all(before.get(name) == record[name] for name in ("expected", "kind", "category"))
+        if not same or len(rows) != len(records):
             raise BenchmarkError(f"{path} is of other rows (id {record['id']!r}): a guard compares the same ones")
     return [found[record["id"]] for record in records]
 

@@ -18,6 +18,7 @@ from mmrlhf_jax.evaluation.results import RESULTS, Measured, Sheet
 
 MAX_BYTES = 2**24
 SYSTEM = "model"
+_OF_THE_ROWS = {"input_sha256", "answers_sha256", "prompts", "tasks", "skip_bad", "model", "model_fingerprint"}
 
 
 METRICS = {"in": "in distr.", "out": "out", "gap": "gap"}
@@ -55,12 +56,13 @@ def measure(inside: Mapping[str, Any], outside: Mapping[str, Any]) -> Measured:
     """ "section metric" -> figure in distribution, out of it, and gap.
 
     Raises:
-        BenchmarkError: the two are of different benchmarks, or have no figure in common.
+        BenchmarkError: the two are of different benchmarks or models, or have no figure in common.
     """
     if inside["benchmark"] != outside["benchmark"]:
         raise BenchmarkError(
             f"figures of {inside['benchmark']!r} and {outside['benchmark']!r} do not compare: give one benchmark's"
         )
+    _check_one_model(inside["settings"], outside["settings"])
     first, second = inside["systems"][SYSTEM], outside["systems"][SYSTEM]
     sections = {
         f"{section} {metric}": {"in": value, "out": second[section][metric], "gap": value - second[section][metric]}
@@ -71,6 +73,27 @@ def measure(inside: Mapping[str, Any], outside: Mapping[str, Any]) -> Measured:
     if not sections:
         raise BenchmarkError("the two have no figure in common")
     return sections
+
+
+def _check_one_model(inside: Mapping[str, Any], outside: Mapping[str, Any]) -> None:
+    """By its weights where both state them, else by its place; of answers that a file brought nobody knows whose."""
+    for name in ("model_fingerprint", "model"):
+        one, other = inside.get(name), outside.get(name)
+        if one and other:
+            if one != other:
+                raise BenchmarkError(f"figures of two models ({one} and {other}): a gap is one model's")
+            return
+
+
+def remarks(inside: Mapping[str, Any], outside: Mapping[str, Any]) -> list[str]:
+    """A line for each setting, rows and answers aside, in which the two evaluations differ."""
+    first, second = inside["settings"], outside["settings"]
+    names = sorted((first.keys() | second.keys()) - _OF_THE_ROWS)
+    return [
+        f"evaluated differently, {name}: {json.dumps(first.get(name))} and {json.dumps(second.get(name))}"
+        for name in names
+        if first.get(name) != second.get(name)
+    ]
 
 
 def _is_figure(value: Any) -> bool:

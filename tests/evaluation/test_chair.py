@@ -42,6 +42,10 @@ def synonyms(tmp_path: Path) -> Synonyms:
         ("a bow tie on a toilet seat", ["tie", "toilet"]),
         ("a seat next to the toilet", ["toilet"]),
         ("a seat next to the table", ["chair", "dining table"]),
+        ("the man's dogs' dog\N{RIGHT SINGLE QUOTATION MARK}s", ["person", "dog", "dog"]),
+        ("There is a train. Track lights", ["train"]),  # a sign parts words
+        ("the train's track", ["train"]),
+        ("a bow, tie, hot (dog)", ["tie", "dog"]),
         ("doggedly trained", []),
         ("", []),
     ],

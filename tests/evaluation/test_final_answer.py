@@ -17,7 +17,20 @@ from mmrlhf_jax.evaluation.final_answer import benchmark, extract, read_baseline
     [
         ("number", "First 3, then 4. #### 1,234.50", "2469/2"),
         ("number", "The answer is $18.00, not 19", "18"),
-        ("number", r"so \boxed{\frac{1}{2} = 0.5} of 7", "1"),  # the first number in it
+        ("number", r"so \boxed{\frac{1}{2} = 0.5} of 7", "1/2"),  # the first number in it
+        ("number", r"\boxed{-\dfrac{ 3 }{4}}", "-3/4"),
+        ("number", r"it is 2\frac{1}{2}", "5/2"),
+        ("number", r"\boxed{\frac{1}{0}}", None),
+        ("number", "5e-05", "1/20000"),
+        ("number", "0.00005", "1/20000"),
+        ("number", "1e+16", "1" + "0" * 16),
+        ("number", r"5 \times 10^{-5}", "1/20000"),
+        ("number", "3 × 10^2 metres", "300"),
+        ("number", "1e999999999", None),
+        ("number", "\N{MINUS SIGN}5", "-5"),
+        ("number", "he owes -$5", "-5"),
+        ("number", "$-5", "-5"),
+        ("number", "from $10-$20", "20"),
         ("number", "3 + 4 = 7.", "7"),
         ("number", "Answer: 3/4 of it", "3/4"),
         ("number", "about -5%", "-5"),
@@ -79,6 +92,10 @@ def test_a_baseline_is_of_the_same_rows(tmp_path: Path):
     write_rows(tmp_path / "rows.jsonl", [before[2], before[0], before[1]])
     assert read_baseline(str(tmp_path), now) == before
     assert turned(before, now) == "1 rows became wrong and 1 right since the baseline; sign test p = 1"
+    for name, other in (("kind", "text"), ("category", "else")):
+        write_rows(tmp_path / "rows.jsonl", [{**before[0], name: other}, *before[1:]])
+        with pytest.raises(BenchmarkError, match="is of other rows"):
+            read_baseline(str(tmp_path), now)
     write_rows(tmp_path / "rows.jsonl", before[:2])
     with pytest.raises(BenchmarkError, match="is of other rows"):
         read_baseline(str(tmp_path), now)

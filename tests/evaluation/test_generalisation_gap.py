@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mmrlhf_jax.evaluation.comparisons import BenchmarkError
-from mmrlhf_jax.evaluation.generalisation_gap import measure, read
+from mmrlhf_jax.evaluation.generalisation_gap import measure, read, remarks
 
 
 def results(benchmark: str = "POPE", **sections: Any) -> dict[str, Any]:
@@ -30,6 +30,30 @@ def test_the_gap_is_what_is_lost():
 def test_what_does_not_compare_is_refused(outside, reason):
     with pytest.raises(BenchmarkError, match=reason):
         measure(results(overall={"accuracy": 0.75}), outside)
+
+
+def settled(**settings: Any) -> dict[str, Any]:
+    return {**results(overall={"accuracy": 0.5}), "settings": settings}
+
+
+def test_two_models_have_no_gap_between_them():
+    for one, other in (
+        (settled(model="a"), settled(model="b")),
+        (settled(model="a", model_fingerprint="x"), settled(model="a", model_fingerprint="y")),
+    ):
+        with pytest.raises(BenchmarkError, match="figures of two models"):
+            measure(one, other)
+    assert measure(settled(model="a", model_fingerprint="x"), settled(model="moved/a", model_fingerprint="x"))
+    assert measure(settled(model=None), settled(model="b"))  # of answers that a file brought nobody knows
+
+
+def test_what_was_evaluated_differently_is_remarked():
+    one, other = (
+        settled(input_sha256=["x"], suffix="", judge=None),
+        settled(input_sha256=["y"], suffix="Briefly.", judge=None),
+    )
+    assert remarks(one, other) == ['evaluated differently, suffix: "" and "Briefly."']
+    assert remarks(one, one) == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"systems": {"random": {}}}', '{"systems": {"model": {"a": 1}}}'])
