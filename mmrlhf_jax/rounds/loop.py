@@ -110,7 +110,7 @@ class Loop:
 
     @staticmethod
     def _rows_with_media(file: Path) -> bool:
-        return any(isinstance(row[kind], str) for row in read_lines(file) for kind in ("image", "video"))
+        return any(row[kind] is not None for row in read_lines(file) for kind in ("image", "video"))
 
     def _with_media(self, named: bool) -> list[object]:
         return ["--media", self._media] if named and self._media is not None else []

@@ -102,6 +102,8 @@ def _check_scoring(options: Options) -> None:
         raise UsageError("--direction is for --score direction and --select steer")
     if steer and not direction:
         raise UsageError("--select steer needs --direction NAME=WEIGHT ...: the attributes that prompts speak of")
+    if steer and (idle := [name for name, weight in direction.items() if weight == 0]):
+        raise UsageError(f"--direction {idle[0]}=0: a prompt cannot ask for what counts neither way; leave it out")
     known = {*rewards, *(attributes.OF_WORLD if options.world else ())}
     read = {*direction} | ({scoring.SUPPORTED, scoring.CLAIMS} if options.score == "claims" else set())
     if options.attributes is None and (missing := sorted(read - known)):

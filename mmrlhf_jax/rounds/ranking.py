@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mmrlhf_jax.data.pair_choice import is_apart
+
 Rule = Literal["best_vs_worst", "all_pairs", "max_gap"]
 
 
@@ -52,7 +54,7 @@ def max_gap(scores: Sequence[float], min_gap: float = 0.0) -> tuple[Preference, 
     """
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     gaps = [scores[a] - scores[b] for a, b in itertools.pairwise(order)]
-    if not gaps or max(gaps) < min_gap:
+    if not gaps or not is_apart(max(gaps), min_gap):
         return ()
     cut = gaps.index(max(gaps)) + 1
     return _preferences([(i, j) for i in order[:cut] for j in order[cut:]], scores, min_gap)
@@ -77,4 +79,4 @@ def best(scores: Sequence[float]) -> int:
 def _preferences(pairs: Sequence[tuple[int, int]], scores: Sequence[float], min_gap: float) -> tuple[Preference, ...]:
     """Those of (chosen, rejected) whose gap is one, in order of index."""
     found = (Preference(i, j, scores[i] - scores[j]) for i, j in pairs)
-    return tuple(sorted(each for each in found if each.gap > 0 and each.gap >= min_gap))
+    return tuple(sorted(each for each in found if is_apart(each.gap, min_gap)))

@@ -49,6 +49,7 @@ def test_what_the_recipes_say_is_taken():
         ({"reward": (), "score": "direction", "direction": ("polite=1",)}, "nothing gives polite"),
         ({"reward": (), "score": "direction", "direction": ("wrong",)}, "write NAME=WEIGHT"),
         ({"reward": (), "score": "direction", "direction": ("wrong=0",)}, "finite weight other than 0"),
+        ({"select": "steer", "direction": ("wrong=-1", "claims=0")}, "claims=0: a prompt cannot ask for what counts"),
         ({"attributes": "p.py"}, "--attributes is for --score direction"),
         ({"few_claims": 3.0}, "--few-claims is for --score claims"),
         ({"min_gap": -1.0}, "--min-gap -1.0 is negative"),

@@ -40,7 +40,9 @@ def test_no_rule_prefers_among_equals_or_of_a_single_answer(rank):
 @pytest.mark.parametrize("rank", [best_vs_worst, all_pairs, max_gap])
 def test_a_gap_of_exactly_the_least_one_is_enough(rank):
     assert pairs(rank((0.0, 1.0), 1.0)) == [(1, 0)]
-    assert rank((0.0, 1.0), math.nextafter(1.0, 2.0)) == ()
+    assert rank((0.0, 1.0), 1.0001) == ()
+    assert 0.3 - 0.2 < 0.1  # in floats; the user means the decimals
+    assert pairs(rank((0.2, 0.3), 0.1)) == [(1, 0)]
 
 
 def test_all_pairs_with_a_least_gap_are_a_partial_order():
