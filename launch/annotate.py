@@ -10,6 +10,7 @@ The same command again resumes. Exit codes: 0 done, 1 failed, 2 bad usage, 75 in
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Callable
@@ -40,7 +41,15 @@ from mmrlhf_jax.models.llava_onevision.render import RenderOptions, load_rendere
 from mmrlhf_jax.nn.resharding import Layout
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.training.data import REFERENCE, reference_key
-from mmrlhf_jax.training.distributed import AgreedStop, is_speaker, job_lease, join_processes, say, wait_for_all
+from mmrlhf_jax.training.distributed import (
+    AgreedStop,
+    check_agreement,
+    is_speaker,
+    job_lease,
+    join_processes,
+    say,
+    wait_for_all,
+)
 from mmrlhf_jax.training.model import absolute, check_family, load_model, model_fingerprint
 from mmrlhf_jax.training.peers import watched_processes
 from mmrlhf_jax.training.recipe import INFERENCE
@@ -193,6 +202,7 @@ def _by_rule(arguments: Arguments) -> None:
 
 
 def _open(part: PreparedDataset, kind: str, key: dict[str, Any]) -> AnnotationStore:
+    check_agreement("model, dataset or options", json.dumps([part.fingerprint, key], sort_keys=True))
     if is_speaker():
         AnnotationStore.open(part.path, kind, key)  # creates it: once
     wait_for_all("the store is there")

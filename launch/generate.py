@@ -61,7 +61,7 @@ from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, Ren
 from mmrlhf_jax.nn.resharding import Layout
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.storage import to_path
-from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, job_lease, join_processes, say
+from mmrlhf_jax.training.distributed import AgreedStop, agree_on_view, is_speaker, job_lease, join_processes, say
 from mmrlhf_jax.training.model import LoadedModel, assets_of, check_family, load_model, model_fingerprint
 from mmrlhf_jax.training.peers import watched_processes
 from mmrlhf_jax.training.recipe import INFERENCE
@@ -209,7 +209,7 @@ def _answer_all(
     _settle_rejected(arguments, prompts, file)
     begin(file, settings)
     finished = file.finished()
-    check_agreement(f"view of {file.path}, which must be on storage that all hosts share,", str(finished))
+    agree_on_view(file.path, finished)
 
     agreed = AgreedStop(mesh)
 

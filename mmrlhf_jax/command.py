@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -47,14 +49,23 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted; run the same command to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read our output (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
-        sys.exit(1)
     except (CommandError, ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():  # who read our output (head, less) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+            sys.exit(1)
         if os.environ.get("MMRLHF_TRACEBACK") == "1":
             traceback.print_exc()
         print(f"error: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
         sys.exit(error.status if isinstance(error, CommandError) else 1)
+
+
+def _nobody_reads() -> bool:
+    """Whether our output, or what we say beside it, is a pipe whose other end is closed."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # there is none
+            poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def progress_line(items: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:

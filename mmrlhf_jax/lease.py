@@ -150,9 +150,11 @@ def _create_remote(file: epath.Path, mine: Holder, silent: Holder | None, what: 
     if before is not None:
         if _why_stale(before, silent) is None:
             raise _refusal(before, file, what)
-        file.unlink(missing_ok=True)
+        storage.remove(file)
     if not storage.create_whole(file, _text(mine)):
         winner = _read(file)
+        if winner is not None and winner.token == mine.token:  # the answer was lost, and the store asked once more
+            return before
         raise LeaseError(f"{what}: {_describe(winner) if winner else 'another job'} took its lease at the same moment")
     return before
 
@@ -217,7 +219,7 @@ def _release(file: epath.Path, mine: Holder) -> None:
     with contextlib.suppress(OSError):
         holder = _read(file)
         if holder is not None and holder.token == mine.token:
-            file.unlink()
+            storage.remove(file)
 
 
 def _end(message: str) -> NoReturn:

@@ -20,7 +20,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,17 @@ PathLike = str | os.PathLike[str]
 
 class StorageError(ValueError):
     """Files that cannot be reached, or that did not arrive whole."""
+
+
+@contextmanager
+def _as_os_errors(path: PathLike) -> Iterator[None]:
+    """What a store answers when it does not do as asked, as the OSError that a disk would raise."""
+    try:
+        yield
+    except (OSError, StorageError):
+        raise
+    except Exception as error:  # gcsfs, its transport and its sign-in have errors of their own
+        raise OSError(f"{os.fspath(path)}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +91,13 @@ def read_bytes(path: PathLike, limit: int) -> bytes:
         OSError: it does not exist or cannot be read.
     """
     file_system, name = _file_system(path)
-    try:
-        return file_system.cat_file(name, start=0, end=limit)
-    except OSError:
-        raise
-    except Exception as error:  # gcsfs has errors of its own
-        if "not satisfiable" in str(error):  # HTTP 416: an empty object has no first byte
-            return b""
-        raise OSError(f"{os.fspath(path)}: {error}") from error
+    with _as_os_errors(path):
+        try:
+            return file_system.cat_file(name, start=0, end=limit)
+        except Exception as error:
+            if "not satisfiable" in str(error):  # HTTP 416: an empty object has no first byte
+                return b""
+            raise
 
 
 def open_read(path: PathLike) -> io.BufferedReader | BinaryIO:
@@ -104,7 +114,8 @@ def write_whole(path: epath.Path, data: bytes) -> None:
     """
     if is_remote(path):
         file_system, name = _file_system(path)
-        file_system.pipe_file(name, data)
+        with _as_os_errors(path):
+            file_system.pipe_file(name, data)
         return
     aside = path.with_name(f".{path.name}.writing")
     aside.write_bytes(data)
@@ -115,10 +126,21 @@ def create_whole(path: epath.Path, data: bytes) -> bool:
     """Makes a remote object unless there is one; returns whether it did. Of several that try at once, one does."""
     file_system, name = _file_system(path)
     try:
-        file_system.pipe_file(name, data, mode="create")
+        with _as_os_errors(path):
+            file_system.pipe_file(name, data, mode="create")
     except FileExistsError:
         return False
     return True
+
+
+def remove(path: epath.Path) -> None:
+    """Removes a file or object, if it is there."""
+    if not is_remote(path):
+        path.unlink(missing_ok=True)
+        return
+    file_system, name = _file_system(path)
+    with suppress(FileNotFoundError), _as_os_errors(path):
+        file_system.rm_file(name)
 
 
 @contextmanager
@@ -152,7 +174,8 @@ def list_files(directory: PathLike) -> list[RemoteFile]:
     """The objects directly under a remote `directory`, by name; none where it does not exist."""
     file_system, name = _file_system(directory)
     try:
-        found = file_system.ls(name, detail=True)
+        with _as_os_errors(directory):
+            found = file_system.ls(name, detail=True)
     except FileNotFoundError:
         return []
     files = [
@@ -169,7 +192,8 @@ def stamps(directory: PathLike, sizes: Mapping[str, int] | None = None) -> dict[
     local file that is not of the size it has there is not read; its checksum is empty."""
     if is_remote(directory):
         file_system, name = _file_system(directory)
-        found = file_system.find(name, detail=True)
+        with _as_os_errors(directory):
+            found = file_system.find(name, detail=True)
         return {
             path.removeprefix(f"{name}/"): (one["size"], f"crc32c:{one['crc32c']}" if "crc32c" in one else "")
             for path, one in found.items()
@@ -198,7 +222,8 @@ def move(source: epath.Path, target: epath.Path) -> None:
     """Gives a directory another name; in a bucket its objects are copied there by the store, then removed."""
     if is_remote(source):
         file_system, name = _file_system(source)
-        file_system.mv(name, _file_system(target)[1], recursive=True)
+        with _as_os_errors(source):
+            file_system.mv(name, _file_system(target)[1], recursive=True)
     else:
         source.rename(target)
 
@@ -216,7 +241,7 @@ def upload(source: Path, target: PathLike, *, last: str, marker: str) -> None:
     write_whole(epath.Path(target) / marker, b"")
     for stale in list_files(target):
         if stale.name != marker:
-            file_system.rm_file(f"{name}/{stale.name}")
+            remove(epath.Path(target) / stale.name)
     files = sorted(file for file in source.iterdir() if file.name != last)
     _transfer(lambda file: _put(file_system, name, file), files, [f.stat().st_size for f in files], f"to {target}")
     arrived = {file.name: file.size for file in list_files(target)}
@@ -227,7 +252,7 @@ def upload(source: Path, target: PathLike, *, last: str, marker: str) -> None:
                 "the same command again"
             )
     _put(file_system, name, source / last)
-    file_system.rm_file(f"{name}/{marker}")
+    remove(epath.Path(target) / marker)
 
 
 def local_copy(directory: PathLike, wanted: Callable[[str], bool]) -> Path:
@@ -274,12 +299,14 @@ def _file_system(path: PathLike) -> tuple[Any, str]:
 
 
 def _put(file_system: Any, directory: str, file: Path) -> None:
-    file_system.put_file(str(file), f"{directory}/{file.name}")
+    with _as_os_errors(f"{directory}/{file.name}"):
+        file_system.put_file(str(file), f"{directory}/{file.name}")
 
 
 def _get(file_system: Any, directory: str, target: Path, file: RemoteFile) -> None:
     aside = target / f".{file.name}.writing"
-    file_system.get_file(f"{directory}/{file.name}", str(aside))
+    with _as_os_errors(f"{directory}/{file.name}"):
+        file_system.get_file(f"{directory}/{file.name}", str(aside))
     if aside.stat().st_size != file.size:
         raise StorageError(
             f"{directory}/{file.name}: {aside.stat().st_size} of {file.size} bytes arrived; run the same command again"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from textwrap import shorten
@@ -58,8 +59,19 @@ def explain(error: BaseException, output: str) -> str | None:
             if words in text and (cure == FULL or any(output in name for name in names)):
                 said = shorten(text, 240, placeholder=" ...")
                 return (
-                    f"{output}: {words} ({said}). Earlier checkpoints and parts are as they were: {cure}, then run the "
-                    "same command to go on"
+                    f"{_place(error, output)}: {words} ({said}). Earlier checkpoints and parts are as they were: "
+                    f"{cure}, then run the same command to go on"
                 )
         error = error.__cause__ or error.__context__ or error
     return None
+
+
+def _place(error: BaseException, output: str) -> str:
+    """Which disk an error is about: the output's, unless it names a file elsewhere. What goes to a bucket passes
+    through local disks, and only those are ever full."""
+    named = getattr(error, "filename", None)
+    if isinstance(named, str) and output not in named:
+        return named
+    if storage.is_remote(output) and isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"a local disk on the way to {output}, such as {tempfile.gettempdir()} (TMPDIR) or a cache's"
+    return output

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -32,6 +34,26 @@ def test_a_failure_is_an_exit_code_and_one_line(
         run_command(raising(error))
     assert left.value.code == status
     assert capsys.readouterr().err == "error: no luck\n"
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_failure_like_any_other(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        run_command(raising(BrokenPipeError("to a child")))
+    assert left.value.code == 1
+    assert capfd.readouterr().err == "error: to a child\n"
+
+
+def test_who_stops_reading_our_output_is_told_nothing() -> None:
+    program = "from mmrlhf_jax.command import run_command; run_command(lambda: [print('x' * 99) for _ in range(99999)])"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_the_keyboard_stops_with_75() -> None:

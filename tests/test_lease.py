@@ -15,6 +15,7 @@ import pytest
 from etils import epath
 
 from mmrlhf_jax import lease as leases
+from mmrlhf_jax import storage
 from mmrlhf_jax.lease import Holder, LeaseError, lease
 from mmrlhf_jax.storage import create_whole, write_whole
 
@@ -242,6 +243,42 @@ def test_a_lease_in_a_bucket(gs, monkeypatch, quick):
         assert json.loads(file.read_text())["pid"] == os.getpid()
     assert not file.exists()
     assert said[1].startswith("RUN: taking over the lease of process 7 on elsewhere")
+
+
+def test_a_store_that_does_not_answer_now_does_not_end_the_heartbeat(gs, monkeypatch, quick):
+    """Its errors are no OSErrors; the lease would be anybody's once its thread had ended with one."""
+    monkeypatch.setattr(leases, "BEAT", 0.05)
+    file, asked, pipe_file = epath.Path(gs) / "lease.json", [], storage._file_system(gs)[0].pipe_file
+
+    def unwilling(*arguments, **options):
+        asked.append(arguments)
+        if len(asked) < 3:
+            raise RuntimeError("503")
+        return pipe_file(*arguments, **options)
+
+    with lease(file, "RUN"):
+        began = leases._read(file).heartbeat
+        monkeypatch.setattr(storage._file_system(gs)[0], "pipe_file", unwilling)
+        with pytest.raises(OSError, match="other: 503"):
+            write_whole(file.parent / "other", b"")
+        until = time.monotonic() + 20
+        while leases._read(file).heartbeat == began and time.monotonic() < until:
+            time.sleep(0.05)
+        assert leases._read(file).heartbeat > began
+
+
+def test_a_lease_that_was_made_though_the_answer_was_lost_is_ours(gs, monkeypatch):
+    """The store is asked again, and says that there is one already."""
+
+    def asked_twice(path, data):
+        create_whole(path, data)
+        return create_whole(path, data)
+
+    monkeypatch.setattr(storage, "create_whole", asked_twice)
+    file = epath.Path(gs) / "lease.json"
+    with lease(file, "RUN"):
+        assert leases._read(file).pid == os.getpid()
+    assert not file.exists()
 
 
 def test_of_two_that_create_a_bucket_s_lease_at_once_one_does(gs):

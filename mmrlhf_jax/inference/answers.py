@@ -34,7 +34,7 @@ from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, where
-from mmrlhf_jax.training.distributed import check_agreement, is_speaker, wait_for_all
+from mmrlhf_jax.training.distributed import agree_on_view, check_agreement, is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
 
 ANSWERS, SCORES = "answers", "scores"  # the two kinds of parts
@@ -182,7 +182,7 @@ def _room(
 def _todo(prompts: Prompts, file: AnswerFile, kind: str) -> list[int]:
     """Indices of the prompts of which nothing of `kind` is stored, the same on every process."""
     done = file.done(kind)
-    check_agreement(f"view of {file.parts}, which must be on storage that all hosts share,", repr(sorted(done)))
+    agree_on_view(file.parts, sorted(done))
     return [index for index, place in enumerate(prompts.places) if place not in done]
 
 

@@ -82,14 +82,15 @@ def answers_in_order(found: Iterator[tuple[int, tuple[Answer, ...]]]) -> list[tu
 
 
 def stop_tokens(renderer: LlavaOnevisionRenderer) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's end of sequence, and the special tokens that close a trained one.
+    """The tokens that end an answer: the tokenizer's end of sequence, the special tokens that close a trained one, and
+    those of the model's generation_config.json.
 
     Raises ValueError when there is none.
     """
     asked = Group("", (Turn("user", ""),), (), (Response(""),), (), ())
     closing = renderer.render(asked, decode_picture).branches[0].token.tolist()
     special = {token for token, added in renderer.tokenizer.added_tokens_decoder.items() if added.special}
-    stop = {renderer.tokenizer.eos_token_id, *special.intersection(closing)} - {None}
+    stop = {renderer.tokenizer.eos_token_id, *special.intersection(closing), *renderer.ends} - {None}
     if not stop:
         raise ValueError(f"{renderer.name}: neither the tokenizer nor the chat template names a token that ends a turn")
     return tuple(sorted(stop))

@@ -20,7 +20,7 @@ from mmrlhf_jax.groups import Group, Renderer
 from mmrlhf_jax.inference.forward import FLUSH_SECONDS, Forward, ForwardConfig, forward_parts
 from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.llava_onevision.model import Compute, LlavaOnevision, response_logps
-from mmrlhf_jax.training.distributed import is_speaker, wait_for_all
+from mmrlhf_jax.training.distributed import agree_on_view, is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
 
 
@@ -39,7 +39,7 @@ def write_reference_logps(
     it wrote. Raises CommandError when stopped; what is done is stored then."""
     groups = list(dataset.groups())
     todo = sorted(set(rows) - store.done())
-    wait_for_all("every process knows what there is to do")
+    agree_on_view(store.directory, todo)
 
     def logps(params: LlavaOnevision, batch: GroupBatch) -> jax.Array:
         return response_logps(params, model.config, batch, compute).logp

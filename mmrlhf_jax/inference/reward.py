@@ -42,7 +42,7 @@ from mmrlhf_jax.models.critique_reward.render import (
     without_critiques,
 )
 from mmrlhf_jax.models.llava_onevision.model import Compute
-from mmrlhf_jax.training.distributed import is_speaker, wait_for_all
+from mmrlhf_jax.training.distributed import agree_on_view, is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
 
 Rewards = Iterator[dict[int, GroupReward]]
@@ -149,7 +149,7 @@ def write_rewards(
     Among several processes the speaker writes. Raises CommandError when stopped; what is done is stored then."""
     scoring = scoring.of(judge)
     todo = sorted(set(rows) - store.done())
-    wait_for_all("every process knows what there is to do")
+    agree_on_view(store.directory, todo)
     pending: dict[int, GroupReward] = {}
     written = time.monotonic()
     try:

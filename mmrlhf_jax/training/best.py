@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,10 @@ def better_low(metric: str) -> bool:
 
 
 def best_record(records: Sequence[Record], metric: str) -> Record | None:
-    """The best record, the earliest of equals."""
-    sign = 1 if better_low(metric) else -1
-    return min(records, key=lambda record: sign * record[f"eval/{metric}"], default=None)
+    """The best record, the earliest of equals; one whose metric is not finite is never it."""
+    sign, name = 1 if better_low(metric) else -1, f"eval/{metric}"
+    finite = [record for record in records if math.isfinite(record[name])]
+    return min(finite, key=lambda record: sign * record[name], default=None)
 
 
 def best_trained(records: Sequence[Record], metric: str) -> Record | None:

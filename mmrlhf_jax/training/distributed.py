@@ -11,8 +11,9 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import jax
@@ -22,6 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mmrlhf_jax import storage
 from mmrlhf_jax.command import CommandError, UsageError
 from mmrlhf_jax.lease import lease
 from mmrlhf_jax.nn.sharding import replicated
@@ -148,17 +150,36 @@ def job_lease(file: epath.Path, what: str) -> Iterator[None]:
             yield
 
 
-def check_agreement(what: str, value: str) -> None:
+def check_agreement(what: str, value: str, cure: str = "give every host the same recipe, model and dataset") -> None:
     """Raises ValueError on every process when `value` is not the same on all, before they hang in a collective."""
     if jax.process_count() == 1:
         return
     mine = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint32)
     everyone = np.asarray(multihost_utils.process_allgather(mine)).reshape(jax.process_count(), -1)
     if strangers := np.flatnonzero((everyone != everyone[0]).any(axis=1)).tolist():
-        raise ValueError(
-            f"processes {', '.join(map(str, strangers))} have another {what} than process 0: give every host the same "
-            "recipe, model and dataset"
-        )
+        raise ValueError(f"processes {', '.join(map(str, strangers))} have another {what} than process 0: {cure}")
+
+
+def agree_on_view(place: storage.PathLike, seen: Any) -> None:
+    """Raises ValueError on every process where what they have `seen` of a place (JSON values) is not the same."""
+    check_agreement(
+        f"view of {place}", json.dumps(seen), "it must be on storage that all hosts share; where it is, run again"
+    )
+
+
+def outcomes(mine: str, patience: float = PATIENCE_MS / 1000) -> dict[int, str]:
+    """What each process says became of something that all of them did; in its absence those of which nothing was heard
+    within `patience` seconds. No collective: a process that failed may ask while others still wait in one."""
+    if jax.process_count() == 1:
+        return {0: mine}
+    place, connection, until = f"mmrlhf/outcome/{next(_turns)}", client(), time.monotonic() + patience
+    connection.key_value_set(f"{place}/{jax.process_index()}", mine)
+    found = {}
+    for process in range(jax.process_count()):
+        left = max(1, round(1000 * (until - time.monotonic())))
+        with suppress(jax.errors.JaxRuntimeError):  # its deadline
+            found[process] = connection.blocking_key_value_get(f"{place}/{process}", left)
+    return found
 
 
 class AgreedStop:

@@ -116,13 +116,14 @@ class _LineFile:
     """A file that grows by lines: appended to on disk; on a bucket, written anew now and then."""
 
     def __init__(self, path: epath.Path, last_step: int):
-        self._path = path
-        kept = [record for record in read_lines(path) if record["step"] <= last_step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        if kept or path.exists():
-            write_text(path, text)
-        self._remote = is_remote(path)
-        self._text = text if self._remote else ""
+        self._path, self._remote, self._text = path, is_remote(path), ""
+        if self._remote:
+            kept = [record for record in read_lines(path) if record["step"] <= last_step]
+            self._text = "".join(json.dumps(record) + "\n" for record in kept)
+            if kept or path.exists():
+                write_text(path, self._text)
+        elif path.exists():
+            _cut_after(path, last_step)
         self._uploaded = time.monotonic()
         self._file = None if self._remote else open(path, "a")  # noqa: SIM115 - kept open for the whole run
 
@@ -148,6 +149,29 @@ class _LineFile:
             if not self._path.stat().length:
                 self._path.unlink()  # a run without evaluations leaves no empty file
         self.flush()
+
+
+def _cut_after(path: epath.Path, last_step: int) -> None:
+    """Cuts a file of lines before the first of a later step, or that is not whole. A long run's has gigabytes: it is
+    read a line at a time.
+
+    Raises ValueError naming a line that is none of a run's.
+    """
+    end = 0
+    with open(path, "rb+") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):  # of a run that was killed
+                break
+            try:
+                later = json.loads(line)["step"] > last_step
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{path}:{number} is no line of a run's log ({error}): put back a whole copy"
+                ) from error
+            if later:
+                break
+            end += len(line)
+        file.truncate(end)
 
 
 class ProgressBar:

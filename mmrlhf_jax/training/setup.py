@@ -28,7 +28,7 @@ from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import replicated
 from mmrlhf_jax.objectives import CritiqueReward, RewardObjective
 from mmrlhf_jax.training import recipe as recipes
-from mmrlhf_jax.training.distributed import check_agreement, is_speaker, say, wait_for_all
+from mmrlhf_jax.training.distributed import is_speaker, outcomes, say, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel, absolute, check_family, load_model, with_fresh_head
 from mmrlhf_jax.training.recipe import INFERENCE, Recipe
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, abstract_of, write_text
@@ -43,6 +43,8 @@ from mmrlhf_jax.training.state import (
     trains,
 )
 from mmrlhf_jax.training.step import initial_averages
+
+OTHERS_READ = 900.0  # seconds that a process which cannot read a checkpoint waits to hear whether others can
 
 
 def check_resumable(run: RunDirectory, recipe: Recipe) -> None:
@@ -223,7 +225,9 @@ def _restore(
     *,
     whole: bool,
 ) -> tuple[str | None, TrainState | None]:
-    """The state of a checkpoint, or why it cannot be read, the same on every process."""
+    """The state of a checkpoint, or why it cannot be read, which is then so on every process."""
+    whole_files = checkpoints.has_manifest(step)  # asked while all processes still do the same
+    reason = None
     try:
         saved = checkpoints.position(step)
         if not (changed := [name for name, value in position.items() if saved.get(name) != value]):
@@ -235,12 +239,12 @@ def _restore(
     except Exception as error:  # of files that are not whole orbax raises anything, even a plain Exception
         if isinstance(error, jax.errors.JaxRuntimeError):
             raise  # the devices' affair
-        if checkpoints.has_manifest(step):
+        reason = _innermost(error)
+        if whole_files:
             what = f"{checkpoints.directory / str(step)} does not read, though its files are as they were written"
-            raise ValueError(f"{what}: {_innermost(error)}") from error
-        check_agreement(f"view of checkpoint {step}", "unreadable")
-        return _innermost(error), None
-    check_agreement(f"view of checkpoint {step}", "readable")
+            raise ValueError(f"{what}: {reason}") from error
+    if not _read_by_all(checkpoints.directory / str(step), reason):
+        return reason, None
     if changed:
         raise ValueError(
             f"{checkpoints.directory}: checkpoint {step} was made with another {', '.join(changed)}; resume what it "
@@ -248,6 +252,22 @@ def _restore(
         )
     trainable, frozen = partition(params, moving.__contains__) if whole else (params, state.frozen)
     return None, TrainState(_counter(step, shardings), trainable, frozen, moments, averages)
+
+
+def _read_by_all(checkpoint: epath.Path, reason: str | None) -> bool:
+    """Whether every process read a checkpoint, or none did; `reason`: why this one did not.
+
+    Raises ValueError where some did: of those, the others may still wait for this one inside of orbax.
+    """
+    said = outcomes(reason or "", *(() if reason is None else (OTHERS_READ,)))
+    failed = {process: why for process, why in said.items() if why}
+    if failed and len(failed) < jax.process_count():
+        process, why = next(iter(failed.items()))
+        raise ValueError(
+            f"{checkpoint} reads on some processes and not on others (process {process}: {why}): look at its disk and "
+            "network, then run the same command again"
+        )
+    return not failed
 
 
 def _innermost(error: BaseException) -> str:

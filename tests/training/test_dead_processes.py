@@ -102,27 +102,45 @@ def descendants(pid):
     return children + [below for child in children for below in descendants(child)]
 
 
-@pytest.mark.parametrize("processes", [2, 1])
-def test_a_host_that_is_stuck_in_a_step_is_named_within_a_minute(small_world, tmp_path, processes):
-    """The process that loads its data stops, say on a network disk: it lives, and waits for ever. A host on its own
-    tells of itself."""
-    hosts = at_work(small_world, tmp_path / "run", "--data.workers", 1, processes=processes)
-    victim = hosts[-1]
-    while len(metrics(tmp_path / "run")) < 20:  # by now it is known how long a step takes
-        assert all(host.process.poll() is None for host in hosts), [host.printed() for host in hosts]
-        time.sleep(0.2)
-    stopped = descendants(victim.process.pid)
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
-    try:
+@pytest.fixture(scope="module")
+def stuck(small_world, tmp_path_factory):
+    """By the number of a job's hosts, of which the last one's data loader was stopped: the codes they ended with, the
+    seconds since the last step, the hosts and the run. While one waits for its end, the next job starts."""
+
+    def end_of(hosts, output):
         codes = [host.process.wait(2 * MINUTE) for host in hosts]
-        took = time.time() - (tmp_path / "run" / "metrics.jsonl").stat().st_mtime  # what was loaded before still trains
+        return codes, time.time() - (output / "metrics.jsonl").stat().st_mtime  # what was loaded before still trains
+
+    ends, jobs, stopped = {}, [], []
+    try:
+        with ThreadPoolExecutor(2) as waiting:
+            for processes in (2, 1):
+                output = tmp_path_factory.mktemp("stuck") / "run"
+                hosts = at_work(small_world, output, "--data.workers", 1, processes=processes)
+                jobs.append(hosts)
+                while len(metrics(output)) < 20:  # by now it is known how long a step takes
+                    assert all(host.process.poll() is None for host in hosts), [host.printed() for host in hosts]
+                    time.sleep(0.2)
+                loaders = descendants(hosts[-1].process.pid)
+                stopped += loaders
+                for pid in loaders:
+                    os.kill(pid, signal.SIGSTOP)
+                ends[processes] = (waiting.submit(end_of, hosts, output), hosts, output)
     finally:
-        print([host.printed()[-3000:] for host in hosts])
-        bury(hosts)
+        for hosts in jobs:
+            bury(hosts)
         for pid in stopped:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+    return {processes: (*end.result(), hosts, output) for processes, (end, hosts, output) in ends.items()}
+
+
+@pytest.mark.parametrize("processes", [2, 1])
+def test_a_host_that_is_stuck_in_a_step_is_named_within_a_minute(stuck, processes):
+    """The process that loads its data stops, say on a network disk: it lives, and waits for ever. A host on its own
+    tells of itself."""
+    codes, took, hosts, output = stuck[processes]
+    print([host.printed()[-3000:] for host in hosts])
     print(f"ended with {codes} after {took:.0f} s")
     assert took < MINUTE
     assert 0 not in codes
@@ -131,8 +149,8 @@ def test_a_host_that_is_stuck_in_a_step_is_named_within_a_minute(small_world, tm
     named += r" while others wait \(process 0 on " if processes == 2 else r"\. It is stuck"
     assert re.search(named, hosts[0].printed())
     assert "run the same command to go on" in hosts[0].printed()
-    assert 'pipeline.py", line ' in victim.printed()  # its stack
-    assert Checkpoints(tmp_path / "run" / "checkpoints").latest()
+    assert 'pipeline.py", line ' in hosts[-1].printed()  # its stack
+    assert Checkpoints(output / "checkpoints").latest()
 
 
 def test_a_host_that_fails_takes_the_other_along_with_its_message(small_world, tmp_path):

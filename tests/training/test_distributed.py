@@ -3,10 +3,66 @@
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from mmrlhf_jax.command import UsageError
 from mmrlhf_jax.nn.sharding import BatchShare, MeshConfig, batch_share, make_mesh
+from mmrlhf_jax.training import distributed
 from mmrlhf_jax.training.distributed import how_to_join
+from mmrlhf_jax.training.setup import _read_by_all
+
+
+class Coordinator:
+    """jax's key-value store, in which process 0 of three looks for what the others said."""
+
+    def __init__(self, monkeypatch, *others):
+        self.told = {str(number): said for number, said in enumerate(others, 1) if said is not None}
+        monkeypatch.setattr(jax, "process_count", lambda: 3)
+        monkeypatch.setattr(distributed, "client", lambda: self)
+
+    def key_value_set(self, key, value):
+        self.told[key.rpartition("/")[2]] = value
+
+    def blocking_key_value_get(self, key, milliseconds):
+        if (number := key.rpartition("/")[2]) not in self.told:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+        return self.told[number]
+
+
+def test_outcomes_are_heard_of_all_that_tell_in_time(monkeypatch):
+    Coordinator(monkeypatch, "well", None)
+    assert distributed.outcomes("ill", 1.0) == {0: "ill", 1: "well"}
+
+
+@pytest.mark.parametrize(("mine", "others", "read"), [(None, ("", ""), True), ("torn", ("torn", "gone"), False)])
+def test_a_checkpoint_that_all_or_none_can_read_is_read_or_not(monkeypatch, mine, others, read):
+    Coordinator(monkeypatch, *others)
+    assert _read_by_all(epath.Path("/run/7"), mine) == read
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "named"),
+    [
+        ("torn", ("", ""), "process 0: torn"),
+        (None, ("", "stale"), "process 2: stale"),
+        ("stale", (None, None), "0: stale"),
+    ],
+)
+def test_a_checkpoint_that_only_some_can_read_ends_the_job(monkeypatch, mine, others, named):
+    """Those that do not tell wait for this one inside of orbax."""
+    Coordinator(monkeypatch, *others)
+    with pytest.raises(ValueError, match=f"/run/7 reads on some processes and not on others .*{named}"):
+        _read_by_all(epath.Path("/run/7"), mine)
+
+
+def test_hosts_that_see_different_work_are_told_what_they_must_share(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        distributed.multihost_utils, "process_allgather", lambda mine: np.stack([mine, mine ^ np.uint32(1)])
+    )
+    with pytest.raises(ValueError, match=r"processes 1 have another view of /data/store than process 0: it must be on"):
+        distributed.agree_on_view("/data/store", [1, 2])
+
 
 SLURM = {"SLURM_STEP_NUM_TASKS": "8"}
 

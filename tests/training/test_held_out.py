@@ -47,6 +47,19 @@ def evaluated(small_world):
     return output
 
 
+def test_an_evaluation_that_is_not_finite_is_never_the_best_and_no_reason_to_stop():
+    def records(*values):
+        return [{"step": 2 * i, "eval/loss": value} for i, value in enumerate(values)]
+
+    nan = float("nan")
+    assert best_record(records(nan, 0.6, nan, 0.5), "loss")["step"] == 6
+    assert not is_best(records(0.7, 0.6, nan), "loss")
+    assert is_best(records(0.7, nan, 0.9), "loss")  # the first that says anything
+    assert best_record(records(nan, nan), "loss") is None
+    assert not ran_out_of_patience(records(nan, nan, nan, nan), "loss", 2)
+    assert ran_out_of_patience(records(0.5, nan, nan), "loss", 2)
+
+
 def test_no_held_out_group_is_ever_trained_on(small_world, evaluated):
     groups = list(open_dataset(small_world.dataset).groups())
     aside = held_out_rows(groups, 0.4, 0)

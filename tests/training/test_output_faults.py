@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 import time
 
 import pytest
@@ -149,6 +150,14 @@ def test_a_failure_to_write_says_what_where_and_what_to_do(number, cure):
     assert cure in str(told.value)
     assert "run the same command to go on" in str(told.value)
     assert told.value.status == 1
+
+
+def test_the_disk_that_was_full_is_the_one_that_is_named():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/cache/x")
+    assert explain(full, "/runs/mine").startswith("/cache/x: No space left")
+    for error in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), full):
+        assert "gs://b/run: No space" not in explain(error, "gs://b/run")
+    assert tempfile.gettempdir() in explain(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "gs://b/run")
 
 
 def test_a_cause_is_found_behind_other_errors():
