@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from tqdm import tqdm
@@ -59,6 +59,7 @@ from mmrlhf_jax.quickstart import (
     model_of_world,
 )
 from mmrlhf_jax.stages import Stages, claimed, stop_on_sigterm, worked_on
+from mmrlhf_jax.storage import to_path, write_whole
 from mmrlhf_jax.study.arms import (
     ARMS,
     GRID,
@@ -111,6 +112,8 @@ class Arguments:
     """steps of each reward model; the recipes' by default"""
     preference_steps: int | None = None
     """steps of every arm; the recipes' by default"""
+    alone: Annotated[bool, tyro.conf.Suppress] = False
+    """one seed, for a study that runs several side by side: no table"""
 
     def __post_init__(self) -> None:
         for name in ("boards", "held_out_boards", "sft_steps", "reward_steps", "preference_steps"):
@@ -168,7 +171,7 @@ def main() -> None:
     stop_on_sigterm()
     arguments = tyro.cli(Arguments, prog="study.py", description=__doc__)
     output = Path(arguments.output)
-    free = ("output", "seeds", "family", "arms", "grid_seeds", "at_once")
+    free = ("output", "seeds", "family", "arms", "grid_seeds", "at_once", "alone")
     options = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in free}
     with claimed(output, "family" if arguments.family else "study", options):
         _run(output, arguments, options)
@@ -183,12 +186,14 @@ def _run(output: Path, arguments: Arguments, options: Mapping[str, Any]) -> None
         print(f"seed {seed}", flush=True)
         with worked_on(output / f"seed_{seed}"):  # the lease of the whole is not held by a seed that outlives it
             _one_seed(Stages(output / f"seed_{seed}", LAUNCH), seed, arguments)
+    if arguments.alone:  # the table is for who started this one
+        return
     found = {seed: _results(output / f"seed_{seed}", seed, arguments) for seed in arguments.seeds}
     summary = summarise(found, arguments.part.baselines)
     stated = {"options": options, "seeds": found, "summary": summary.as_json()}
-    (output / "results.json").write_text(json.dumps(stated, indent=1) + "\n")
+    write_whole(to_path(output / "results.json"), (json.dumps(stated, indent=1) + "\n").encode())
     lines = _lines(summary, arguments)
-    (output / "table.md").write_text("\n".join(lines) + "\n")
+    write_whole(to_path(output / "table.md"), ("\n".join(lines) + "\n").encode())
     taken = [f"{_minutes(output, seed):.1f}" for seed in arguments.seeds]
     print("\n".join(["", *lines, "", f"minutes of each seed: {' '.join(taken)}; this table: {output / 'table.md'}"]))
 
@@ -248,7 +253,7 @@ def _alone(arguments: Arguments, seed: int) -> list[str]:
     }  # fmt: skip
     words = [str(word) for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
     part = ["--family"] if arguments.family else []
-    return [sys.executable, str(Path(__file__)), *words, *part, "--arms", *arguments.names]
+    return [sys.executable, str(Path(__file__)), *words, *part, "--alone", "--arms", *arguments.names]
 
 
 def _minutes(output: Path, seed: int) -> float:

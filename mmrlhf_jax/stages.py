@@ -1,11 +1,14 @@
 """Running the programs under launch/ one after another: each is a stage that is run once, timed and resumed.
 
 For programs that make something of many steps on one machine. A stage is done when its record and its product exist;
-what a stage does when it was stopped halfway is the affair of the program it runs.
+what a stage does when it was stopped halfway is the affair of the program it runs. Where a stage was made by another
+recipe than is there now, or its product has gone after later stages could read it, nothing is guessed: it is refused.
 """
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import resource
 import shlex
@@ -13,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,8 @@ from etils import epath
 from mmrlhf_jax.command import INTERRUPTED, CommandError, UsageError
 from mmrlhf_jax.lease import beside, held_by_parent, lease
 from mmrlhf_jax.storage import write_whole
+
+TAKEN = ("seconds", "cpu_seconds", "peak_gib")
 
 
 @dataclass(frozen=True)
@@ -40,25 +45,49 @@ class Stages:
 
         Raises CommandError when the program fails, with its exit code where it was interrupted.
         """
-        command = [sys.executable, str(self.launch / f"{program}.py"), *map(str, arguments)]
-        self.call(name, product, lambda: _run(name, command))
+        words = list(map(str, arguments))
+        command = [sys.executable, str(self.launch / f"{program}.py"), *words]
+        self.call(name, product, lambda: _run(name, command), [Path(word) for word in words if word.endswith(".py")])
 
-    def call(self, name: str, product: Path, work: Callable[[], object]) -> None:
-        """Does `work`, which makes `product`, unless it has been done."""
+    def call(self, name: str, product: Path, work: Callable[[], object], recipes: Sequence[Path] = ()) -> None:
+        """Does `work`, which makes `product` as `recipes` say, unless it has been done.
+
+        Raises CommandError where it was done by other recipes, or what it made has gone and others may be made of it.
+        """
         record = epath.Path(self.output / "stages" / f"{name}.json")
-        if record.exists() and product.exists():
-            print(f"[{name}] done already")
-            return
+        made_by = {path.name: _statements(path) for path in recipes}
+        if record.exists():
+            self._check(name, record, product, made_by)
+            if product.exists():
+                print(f"[{name}] done already")
+                return
         print(f"[{name}] {product}", flush=True)
         with _taken() as taken:
             work()
         record.parent.mkdir(exist_ok=True)
-        write_whole(record, (json.dumps(taken) + "\n").encode())
+        write_whole(record, (json.dumps({**taken, **({"recipes": made_by} if made_by else {})}) + "\n").encode())
+
+    def _check(self, name: str, record: epath.Path, product: Path, made_by: Mapping[str, str]) -> None:
+        cure = f"name another --output, or remove {self.output} to make everything anew"
+        if json.loads(record.read_text()).get("recipes", made_by) != made_by:
+            raise CommandError(f"stage {name} was made by another {', '.join(made_by)} than there is now: {cure}")
+        records = {stage: file.stat().st_mtime_ns for stage, file in self._records().items()}
+        later = [stage for stage, made in records.items() if made > records[name]]
+        if later and not product.exists():
+            raise CommandError(
+                f"{product}, which stage {name} made, has gone, and {', '.join(later[:8])} may be made of it: put it "
+                f"back, {cure}"
+            )
+
+    def _records(self) -> dict[str, Path]:
+        """By stage, in order."""
+        files = (self.output / "stages").glob("*.json")
+        return {file.stem: file for file in sorted(files, key=lambda file: file.stat().st_mtime)}
 
     def taken(self) -> dict[str, dict[str, float]]:
         """Seconds, CPU seconds and peak GiB of every stage, in order."""
-        records = sorted((self.output / "stages").glob("*.json"), key=lambda file: file.stat().st_mtime)
-        return {record.stem: json.loads(record.read_text()) for record in records}
+        found = {stage: json.loads(file.read_text()) for stage, file in self._records().items()}
+        return {stage: {name: one[name] for name in TAKEN} for stage, one in found.items()}
 
     def summary(self) -> list[str]:
         """What every stage took, its share of all, and what all of them did, a line each."""
@@ -72,6 +101,14 @@ class Stages:
             f"{'all stages':26} {seconds:7.1f} s {cpu:7.1f} CPU s, peak memory "
             f"{max(t['peak_gib'] for t in taken.values()):.1f} GiB",
         ]
+
+
+def _statements(recipe: Path) -> str:
+    """sha256 of what a recipe says: its code without comments and docstring."""
+    tree = ast.parse(recipe.read_text())
+    if ast.get_docstring(tree) is not None:
+        del tree.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
 @contextmanager
@@ -135,7 +172,7 @@ def _taken() -> Iterator[dict[str, float]]:
     taken: dict[str, float] = {}
     wall, cpu = time.perf_counter(), _cpu_seconds()
     yield taken
-    taken |= {"seconds": time.perf_counter() - wall, "cpu_seconds": _cpu_seconds() - cpu, "peak_gib": _peak_gib()}
+    taken |= dict(zip(TAKEN, (time.perf_counter() - wall, _cpu_seconds() - cpu, _peak_gib()), strict=True))
 
 
 def _cpu_seconds() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from another_job import held
 from small_world import ROOT, command, environment
 
-from mmrlhf_jax.command import UsageError
+from mmrlhf_jax.command import CommandError, UsageError
 from mmrlhf_jax.lease import LeaseError, beside
 from mmrlhf_jax.stages import Stages, claimed, worked_on
 
@@ -77,6 +78,31 @@ def test_a_stage_is_done_when_its_record_and_its_product_are_there(tmp_path: Pat
     product.unlink()
     stages.call("make", product, work)
     assert len(times) == 2
+
+
+def test_a_product_that_has_gone_after_others_could_read_it_is_missed(tmp_path: Path) -> None:
+    stages, first, second = Stages(tmp_path, ROOT / "launch"), tmp_path / "first", tmp_path / "second"
+    stages.call("first", first, first.touch)
+    stages.call("second", second, second.touch)
+    os.utime(tmp_path / "stages" / "first.json", (1, 1))
+    second.unlink()
+    stages.call("second", second, second.touch)  # nothing came after it
+    first.unlink()
+    with pytest.raises(CommandError, match=f"{first}, which stage first made, has gone, and second may be made of it"):
+        stages.call("first", first, first.touch)
+    assert not first.exists()
+
+
+def test_another_recipe_is_refused_and_other_words_about_it_are_not(tmp_path: Path) -> None:
+    stages, product, recipe = Stages(tmp_path, ROOT / "launch"), tmp_path / "product", tmp_path / "dpo.py"
+    recipe.write_text('"""A recipe."""\nbeta = 0.1\n')
+    stages.call("dpo", product, product.touch, [recipe])
+    recipe.write_text('"""The recipe."""\n# as published\nbeta = 0.1\n')
+    stages.call("dpo", product, lambda: pytest.fail("again"), [recipe])
+    recipe.write_text("beta = 0.2\n")
+    with pytest.raises(CommandError, match=r"stage dpo was made by another dpo\.py than there is now: name another"):
+        stages.call("dpo", product, lambda: pytest.fail("again"), [recipe])
+    assert stages.taken()["dpo"].keys() == {"seconds", "cpu_seconds", "peak_gib"}
 
 
 @pytest.mark.slow
