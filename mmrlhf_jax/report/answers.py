@@ -19,7 +19,7 @@ from typing import Any
 
 from mmrlhf_jax import storage
 from mmrlhf_jax.data.sources.rows import MAX_ROW_BYTES
-from mmrlhf_jax.report.runs import ReportError
+from mmrlhf_jax.report.runs import ReportError, number_of
 
 Prompt = tuple[tuple[str, str], ...]
 Key = tuple[str, str]
@@ -167,12 +167,10 @@ def _said(raw: Any, where: str) -> Said:
     if not isinstance(raw, dict) or not isinstance(raw.get("text"), str):
         raise ReportError(f"{where} is not an object with a string 'text'")
     text, score, claims = raw["text"], raw.get("score"), raw.get("claims")
-    if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
-        raise ReportError(f"{where}: 'score' is {json.dumps(score)[:40]}, not a number")
     said = Said(
         text=text,
         ended=raw.get("ended") is not False,
-        score=None if score is None else float(score),
+        score=None if score is None else number_of(score, "'score'", where),
         critiques=_texts(raw.get("critiques", []), "critiques", where),
         wrong=None if raw.get("wrong") is None else _wrong(raw["wrong"], text, where),
         missing=_texts(raw.get("missing", []), "missing", where),

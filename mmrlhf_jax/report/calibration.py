@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mmrlhf_jax.data.ranking import pairs_of
+from mmrlhf_jax.data import ranking
 from mmrlhf_jax.groups import Group
 from mmrlhf_jax.report.charts import details
 from mmrlhf_jax.report.datasets import Judged
@@ -72,7 +72,7 @@ def calibrate(differences: np.ndarray, bins: int = BINS) -> Calibration:
         accuracy=float(right.mean()),
         predicted=float(probability.mean()),
         error=sum(each.count * abs(each.agreed - each.predicted) for each in found) / pairs,
-        brier=float(((probability - right) ** 2).mean()),
+        brier=float(np.where(differences == 0, 0.25, (probability - right) ** 2).mean()),  # whichever way it came out
     )
 
 
@@ -91,10 +91,7 @@ def differences_of(scored: Judged, groups: Sequence[Group]) -> tuple[np.ndarray,
     for row, reward in sorted(scored.rewards.items()):
         score, group = reward.score, groups[row]
         found += [score[pair.chosen] - score[pair.rejected] for pair in group.pairs]
-        rank = [response.rank for response in group.responses]
-        if {(pair.chosen, pair.rejected) for pair in group.pairs} == set(pairs_of(rank)):
-            # in a partial order equal ranks say nothing
-            tied += sum(rank[i] == rank[j] for j in range(len(rank)) for i in range(j))
+        tied += len(ranking.tied(group))
     return np.array(found, float), tied
 
 

@@ -5,6 +5,7 @@ A run names its dataset by path and by fingerprint; a path that now holds someth
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.datasets import Dataset, open_dataset
 from mmrlhf_jax.data.rewards import REWARD, GroupReward, made_by, read_rewards, stored_scores, with_scores
 from mmrlhf_jax.groups import Group
+from mmrlhf_jax.models.files import JSON_BYTES, read_text
 from mmrlhf_jax.report.runs import Run
 from mmrlhf_jax.training.data import reward_command, scores_fingerprint
+from mmrlhf_jax.training.run import RunDirectory
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,24 @@ class Judged:
             "none": "Without critiques",
         }[key["critiques"]]
         return f"{behind}, mean over {key['samples']}" if key["samples"] > 1 else behind
+
+
+def was_trained_on(scored: Judged) -> bool | None:
+    """Whether the reward model learned from what it scored; None where its run, or what that was trained on, is not
+    here to tell."""
+    place = scored.model.split("@")[0]
+    if storage.is_remote(place) or not (run := RunDirectory.at(place)).start.exists():
+        return None
+    try:
+        path, fingerprint = (json.loads(read_text(file, JSON_BYTES))["dataset"] for file in (run.recipe, run.start))
+    except (ValueError, OSError, LookupError, TypeError, RecursionError):
+        return None
+    if fingerprint == scored.dataset.fingerprint:
+        return True
+    learned = _open(str(path), str(fingerprint))
+    if isinstance(learned, str):
+        return None
+    return any(part.fingerprint == scored.dataset.fingerprint for part, _ in learned.parts())
 
 
 def find_datasets(runs: Sequence[Run], named: Sequence[str]) -> Found:

@@ -38,7 +38,7 @@ SPECS: dict[str, tuple[Spec, ...]] = {
         Spec("Loss", ("loss",), log=True),
         Spec("Reward accuracy", ("rewards/accuracies",), percent=True, mark=(0.5, "chance"), within=(0, 1)),
         Spec("Reward margin", ("rewards/margins",), note="Chosen less rejected."),
-        Spec("Preference loss", ("loss/preference",), note="−log σ(β z), mean over pairs."),
+        Spec("Preference loss", ("loss/preference",), note="The objective's own, without the NLL beside it."),
         Spec("Bradley-Terry loss", ("loss/bradley_terry",), mark=(0.6931471805599453, "log 2: undecided")),
         Spec("NLL of a token", ("loss/nll",), note="Of the chosen responses, where there are others."),
         Spec("NLL of the critiques", ("loss/critique",), note="A token's, mean.", log=True),

@@ -123,12 +123,13 @@ def read_log(path: epath.Path) -> Log:
         for name in record.keys() - NO_METRICS:
             at, values = found.setdefault(name, ([], []))
             at.append(step)
-            values.append(_number(record[name], name, f"{path}:{line}"))
+            values.append(number_of(record[name], name, f"{path}:{line}"))
     series = {name: Series(np.array(found[name][0], np.int64), np.array(found[name][1])) for name in sorted(found)}
     return Log(np.array(steps, np.int64), series)
 
 
-def _number(value: Any, name: str, where: str) -> float:
+def number_of(value: Any, name: str, where: str) -> float:
+    """NaN for none. Raises ReportError for what is no number."""
     if value is None:
         return float("nan")
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -16,7 +16,7 @@ from mmrlhf_jax.report import setup
 from mmrlhf_jax.report.answers import AnswersFile, in_all
 from mmrlhf_jax.report.beta_map import Rule, beta_chart, beta_of, rule_in_words
 from mmrlhf_jax.report.calibration import calibrate, calibration_chart, differences_of
-from mmrlhf_jax.report.datasets import Found, Judged, annotate_command, judged, margins_of
+from mmrlhf_jax.report.datasets import Found, Judged, annotate_command, judged, margins_of, was_trained_on
 from mmrlhf_jax.report.examples import answer_examples, critique_examples, drawn, wrong_share
 from mmrlhf_jax.report.markup import Children, Markup, element, fragment
 from mmrlhf_jax.report.metrics import binned_in_words, curve_grids, final_table, key_of
@@ -194,7 +194,7 @@ def _calibration(material: Material) -> Section:
         if not len(finite):
             missing.append(f"Calibration of {scored.name}: none of the groups it scored has an annotated pair.")
             continue
-        found, about = calibrate(finite), _about(material, scored, tied)
+        found, about = calibrate(finite), _about(scored, tied)
         title = f"{scored.manner}: {short[scored.dataset.path]}" if manners[scored.manner] > 1 else scored.manner
         charts.append(calibration_chart(found, title, _last_name(scored.model), about, _judge(material, scored) or 0))
     if len(material.scorings) > MOST_SCORINGS:
@@ -213,11 +213,13 @@ def _last_name(path: str) -> str:
     return path.rstrip("/").split("/")[-1]
 
 
-def _about(material: Material, scored: Judged, tied: int) -> str:
+def _about(scored: Judged, tied: int) -> str:
     ties = f" {tied:,} pairs that annotators ranked equal are left out." if tied else ""
-    judge = _judge(material, scored)
-    own = judge is not None and material.runs[judge].start.get("dataset") == scored.dataset.fingerprint
-    seen = " It was trained on this data, of which it may be too sure." if own else ""
+    seen = {
+        True: " It was trained on this data, of which it may be too sure.",
+        False: "",
+        None: " Whether it was trained on this data, of which it would be too sure, is not known.",
+    }[was_trained_on(scored)]
     return f"{len(scored.rewards):,} groups of {scored.dataset.path}.{seen}{ties} Scores: {scored.name}."
 
 

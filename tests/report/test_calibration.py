@@ -33,7 +33,7 @@ def test_four_pairs_by_hand():
     assert (found.pairs, found.equal) == (5, 1)
     assert found.accuracy == pytest.approx((3 + 0.5) / 5)
     assert found.error == pytest.approx(0)
-    assert found.brier == pytest.approx((3 * 0.25**2 + 0.75**2) / 5)
+    assert found.brier == pytest.approx((3 * 0.25**2 + 0.75**2 + 0.5**2) / 5)
 
 
 def test_being_sure_and_wrong_is_an_error_of_nearly_one():

@@ -189,6 +189,24 @@ def test_scores_beside_the_data_are_calibrated_and_shown_with_their_critiques(re
     assert page.text.count("the cat is no cat") == 18
     assert "It was trained on this data" in page.text
     assert "Where the scores contradict the annotators most" in page.text
+    policy = write_run(tmp_path / "policy", MMDPO(), dataset=data)  # beside whose report the judge need not be named
+    assert "It was trained on this data" in report(policy)[1]
+    shutil.rmtree(run)
+    assert "Whether it was trained on this data, of which it would be too sure, is not known" in report(policy)[1]
+
+
+def test_a_judge_of_a_mixture_saw_its_parts(report, data, tmp_path):
+    other = write_dataset(tmp_path / "other", ["Who?"] * 6)
+    parts = [{"dataset": str(each.path), "weight": 1} for each in (data, other)]
+    (tmp_path / "mixture.json").write_text(json.dumps({"seed": 0, "parts": parts}))
+    judge = write_run(tmp_path / "judge", ScalarReward(), dataset=open_dataset(str(tmp_path / "mixture.json")))
+    write_scores(data, [0.0, 1.0, -1.0], "the cat is no cat", model=str(judge))
+    run = write_run(tmp_path / "policy", MMDPO(), dataset=data)
+    assert "It was trained on this data" in report(run)[1]
+    stranger = write_run(tmp_path / "stranger", ScalarReward(), dataset=data)
+    write_scores(other, [0.0, 1.0, -1.0], "no", model=str(stranger))
+    _, html, _ = report(write_run(tmp_path / "elsewhere", MMDPO(), dataset=other))
+    assert "trained on this data" not in html
 
 
 def test_scorings_of_two_datasets_are_told_apart_by_their_titles(report, data, tmp_path):
