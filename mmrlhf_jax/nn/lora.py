@@ -44,6 +44,9 @@ def project(pattern: str, x: jax.Array, kernel: Any) -> jax.Array:
     return jnp.einsum(pattern, x, kernel.base) + kernel.scale * jnp.einsum(f"{rows}z,z{kept}->{out}", low, kernel.b)
 
 
+ADAPTABLE = ("decoder.layers.", "projector.")  # parts whose products `project` computes
+
+
 def adapter_params(declared: Any, targets: Sequence[str], rank: int) -> dict[str, tuple[Param, Param]]:
     """The declarations (a, b) of every kernel whose name matches one of the glob patterns `targets`.
 
@@ -54,12 +57,14 @@ def adapter_params(declared: Any, targets: Sequence[str], rank: int) -> dict[str
     out: dict[str, tuple[Param, Param]] = {}
     for pattern in targets:
         if not (found := fnmatch.filter(leaves, pattern)):
-            kernels = ", ".join(name for name, param in leaves.items() if _inputs(param))
+            kernels = ", ".join(name for name, param in leaves.items() if name.startswith(ADAPTABLE) and _inputs(param))
             raise ValueError(f"lora target {pattern!r} matches no parameter; kernels are {kernels}")
         for name in found:
             param = leaves[name]
             if not (count := _inputs(param)):
                 raise ValueError(f"lora target {pattern!r} matches {name}, which is no kernel of a matrix product")
+            if not name.startswith(ADAPTABLE):
+                raise ValueError(f"lora target {pattern!r} matches {name}: adapters are for {' and '.join(ADAPTABLE)}")
             start = _first(param)
             stacked, stacked_axes = param.shape[:start], param.axes[:start]
             cut = start + count

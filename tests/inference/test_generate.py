@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -132,8 +134,22 @@ def test_devices_change_nothing(directory: Path, renderer, model) -> None:
     assert answers(QUESTIONS, renderer, split, mesh=mesh) == answers(QUESTIONS, renderer, model)
 
 
-def test_stop_tokens_are_those_that_close_a_turn(renderer) -> None:
-    assert [renderer.tokenizer.convert_ids_to_tokens(token) for token in stop_tokens(renderer)] == ["<|im_end|>"]
+def test_stop_tokens_are_those_that_close_a_turn_and_those_the_model_names(renderer) -> None:
+    def names(renderer) -> set[str]:
+        return {renderer.tokenizer.convert_ids_to_tokens(token) for token in stop_tokens(renderer)}
+
+    assert names(renderer) == {"<|im_end|>", "<|endoftext|>"}
+    assert names(dataclasses.replace(renderer, ends=())) == {"<|im_end|>"}
+
+
+@pytest.mark.parametrize("stated", ["<|im_end|>", [True], -1, [10**9]])
+def test_what_is_no_stop_token_is_refused(directory: Path, tmp_path: Path, stated) -> None:
+    copy = Path(shutil.copytree(directory, tmp_path / "copy"))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": stated}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id .* is no token"):
+        load_renderer(str(copy))
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert load_renderer(str(copy)).ends == ()
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(renderer, model) -> None:

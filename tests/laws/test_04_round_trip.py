@@ -199,6 +199,18 @@ def test_a_tied_model_may_bring_its_unembedding_if_it_is_the_embedding(tied, tmp
             load(directory)
 
 
+def test_a_tied_model_with_its_unembedding_alone_lacks_its_embedding(tied, tmp_path):
+    directory = Path(shutil.copytree(tied, tmp_path / "copy"))
+    names = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+
+    def rename(tensors):
+        return {names[1] if name == names[0] else name: value for name, value in tensors.items()}
+
+    rewrite(directory, rename)
+    with pytest.raises(ValueError, match="embed_tokens"):
+        load(directory)
+
+
 def decoder_of(tensors: dict[str, list[int]], **shape: int | bool) -> LlavaOnevisionConfig:
     vocab, embed = tensors["language_model.model.embed_tokens.weight"]
     return LlavaOnevisionConfig(decoder=Qwen2Config(vocab=vocab, embed=embed, **shape))

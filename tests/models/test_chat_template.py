@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 
 import pytest
@@ -66,6 +67,14 @@ def test_a_process_that_somebody_ends_is_started_again() -> None:
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert render_template("{{ 2 }}", {}) == "2"
+
+
+def test_a_process_that_ends_while_it_is_written_to_is_started_again() -> None:
+    """A conversation larger than a pipe holds: what was not read any more is no failure of ours."""
+    pipe = subprocess.PIPE
+    template_process._child.process = subprocess.Popen(["sleep", "0.5"], stdin=pipe, stdout=pipe)
+    text = "x" * 2**20
+    assert render_template("{{ text }}", {"text": text}) == text
 
 
 def test_a_forked_process_has_one_of_its_own() -> None:

@@ -23,7 +23,7 @@ from mmrlhf_jax.models.key_table import Key, export_tensors, load
 from mmrlhf_jax.models.llava_onevision.model import LlavaOnevision
 from mmrlhf_jax.models.llava_onevision.weights import KEYS
 from mmrlhf_jax.models.safetensors_files import SafetensorsDirectory
-from mmrlhf_jax.nn.lora import Adapted, adapter_params
+from mmrlhf_jax.nn.lora import ADAPTABLE, Adapted, adapter_params
 from mmrlhf_jax.nn.params import map_named, named_leaves
 from mmrlhf_jax.nn.sharding import ShardingRules
 
@@ -157,8 +157,7 @@ def _at(tree: Any, name: str) -> Any:
 
 def _adaptable() -> list[Key]:
     """The table's entries for matrices of the parts an adapter may change."""
-    parts = ("decoder.layers.", "projector.")
-    return [key for key in KEYS if key.ours.startswith(parts) and key.ours.endswith("_kernel")]
+    return [key for key in KEYS if key.ours.startswith(ADAPTABLE) and key.ours.endswith("_kernel")]
 
 
 def _module(key: Key) -> str:

@@ -57,6 +57,8 @@ class LlavaOnevisionRenderer:
     chat_template: str
     options: RenderOptions = field(default_factory=RenderOptions)
     name: str = "model"
+    ends: tuple[int, ...] = ()
+    """tokens that end an answer by the model's generation_config.json, which rendering does not read"""
 
     def __post_init__(self) -> None:
         ids = self._chat.special_tokens.values()
@@ -292,7 +294,19 @@ def load_renderer(directory: str, options: RenderOptions | None = None) -> Llava
     template = _chat_template(assets) or tokenizer.chat_template
     if not isinstance(template, str) or len(template) > TEMPLATE_BYTES:
         raise ValueError(f"{directory}: no single chat template; put the model's into {directory}/chat_template.jinja")
-    return LlavaOnevisionRenderer(config, tokenizer, template, options or RenderOptions(), name=directory)
+    options, ends = options or RenderOptions(), _ends(assets, config.decoder.vocab)
+    return LlavaOnevisionRenderer(config, tokenizer, template, options, directory, ends)
+
+
+def _ends(directory: epath.Path, vocab: int) -> tuple[int, ...]:
+    """The eos_token_id of generation_config.json, one or several; none without the file, or where it does not say."""
+    if not (file := directory / "generation_config.json").exists():
+        return ()
+    stated = read_json(file).get("eos_token_id")
+    ends = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if not all(isinstance(end, int) and not isinstance(end, bool) and 0 <= end < vocab for end in ends):
+        raise ValueError(f"{file}: eos_token_id {str(stated)[:80]} is no token, nor a list of them, of {vocab}")
+    return tuple(ends)
 
 
 def _chat_template(directory: epath.Path) -> str | None:

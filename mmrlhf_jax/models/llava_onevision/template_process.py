@@ -93,7 +93,8 @@ def _ask(request: bytes) -> tuple[bytes | None, int | None]:
             _child.process = None
             if not ready:
                 process.kill()
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # what of the request it did not read any more
+                process.stdin.close()
             process.stdout.close()
             code = process.wait()
             return None, code if ready else None

@@ -89,7 +89,7 @@ def load_params(
     fit. A model with more than the policy's tensors brings its own declaration and `keys`."""
     tied = config.decoder.tied
     with SafetensorsDirectory(directory, canonical) as source:
-        twice = tied and UNEMBEDDING in source.where
+        twice = tied and UNEMBEDDING in source.where and EMBEDDING in source.where
         if twice and not np.array_equal(source.read(EMBEDDING), source.read(UNEMBEDDING)):
             raise ValueError(
                 f"{directory}: config.json ties the embeddings, yet {UNEMBEDDING} differs from {EMBEDDING}"
