@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import tyro
 from tqdm import tqdm
@@ -53,6 +53,7 @@ from mmrlhf_jax.command import UsageError, run_command
 from mmrlhf_jax.data.annotations import find
 from mmrlhf_jax.data.digit_boards.world import MAPPING, SPLITS, WorldConfig, write_world
 from mmrlhf_jax.data.rewards import REWARD
+from mmrlhf_jax.lease import beside, held_by_parent
 from mmrlhf_jax.quickstart import (
     MULTIPLE,
     annotate_logps,
@@ -112,8 +113,6 @@ class Arguments:
     """steps of each reward model; the recipes' by default"""
     preference_steps: int | None = None
     """steps of every arm; the recipes' by default"""
-    alone: Annotated[bool, tyro.conf.Suppress] = False
-    """one seed, for a study that runs several side by side: no table"""
 
     def __post_init__(self) -> None:
         for name in ("boards", "held_out_boards", "sft_steps", "reward_steps", "preference_steps"):
@@ -171,7 +170,7 @@ def main() -> None:
     stop_on_sigterm()
     arguments = tyro.cli(Arguments, prog="study.py", description=__doc__)
     output = Path(arguments.output)
-    free = ("output", "seeds", "family", "arms", "grid_seeds", "at_once", "alone")
+    free = ("output", "seeds", "family", "arms", "grid_seeds", "at_once")
     options = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in free}
     with claimed(output, "family" if arguments.family else "study", options):
         _run(output, arguments, options)
@@ -186,7 +185,7 @@ def _run(output: Path, arguments: Arguments, options: Mapping[str, Any]) -> None
         print(f"seed {seed}", flush=True)
         with worked_on(output / f"seed_{seed}"):  # the lease of the whole is not held by a seed that outlives it
             _one_seed(Stages(output / f"seed_{seed}", LAUNCH), seed, arguments)
-    if arguments.alone:  # the table is for who started this one
+    if held_by_parent(beside(output)):  # one seed of a study that runs several side by side, and writes the table
         return
     found = {seed: _results(output / f"seed_{seed}", seed, arguments) for seed in arguments.seeds}
     summary = summarise(found, arguments.part.baselines)
@@ -253,7 +252,7 @@ def _alone(arguments: Arguments, seed: int) -> list[str]:
     }  # fmt: skip
     words = [str(word) for name, value in flags.items() if value is not None for word in (f"--{name}", value)]
     part = ["--family"] if arguments.family else []
-    return [sys.executable, str(Path(__file__)), *words, *part, "--alone", "--arms", *arguments.names]
+    return [sys.executable, str(Path(__file__)), *words, *part, "--arms", *arguments.names]
 
 
 def _minutes(output: Path, seed: int) -> float:
