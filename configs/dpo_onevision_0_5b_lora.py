@@ -4,7 +4,7 @@ The reference is the policy without its adapters: no annotation beforehand, and 
 weight of the preferred answers' NLL, is MM-DPO's. Rank, rate and steps are usual ones for adapters, not tuned.
 
 Hardware. Not run with published weights yet, so no time is claimed:
-    1 x GPU of 12 GB or more     (default)
+    1 x GPU of 12 GB or more     (default; launch/plan.py estimates 2.9 GiB at the least, 17 where there is room)
     any CPU, slowly              --compute.dtype float32 --data.workers 0
 
     python launch/prepare.py --source trl --input pairs.jsonl --media MEDIA --output DATASET --model MODEL

@@ -104,11 +104,11 @@ class Stages:
 
 
 def _statements(recipe: Path) -> str:
-    """sha256 of what a recipe says: its code without comments and docstring."""
+    """sha256 of what a recipe says: its code without comments, layout and docstring, alike under every Python."""
     tree = ast.parse(recipe.read_text())
     if ast.get_docstring(tree) is not None:
         del tree.body[0]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
 
 
 @contextmanager

@@ -200,6 +200,7 @@ def test_facts_and_ties_are_kept() -> None:
 
 def test_a_question_that_stands_in_two_groups_stands_on_one_side_of_a_held_out_split() -> None:
     """ "Two?" is part of a merged group and a group of its own."""
+    split_by = 0
     for number in range(20):
         media = tuple(Media("image", f"{number}{k}", ((4, 4),), f"{number}{k}" * 16) for k in range(2))
         groups = [asked(f"{k}{name}", name, 2.0, 1.0, media=(media[k],)) for k in range(2) for name in ("One?", "Two?")]
@@ -210,6 +211,8 @@ def test_a_question_that_stands_in_two_groups_stands_on_one_side_of_a_held_out_s
         with contextlib.suppress(ValueError):  # all on one side
             aside = held_out_rows(kept, 0.5, number)
             assert {kept[row].media for row in aside}.isdisjoint(kept[row].media for row in {*range(4)} - {*aside})
+            split_by += 1
+    assert split_by > 3
 
 
 def test_the_audit_looks_at_pairs_within_questions_alone() -> None:

@@ -115,11 +115,11 @@ def test_the_lists_above_are_all_of_them():
 
 
 @pytest.mark.parametrize("lower", ["policy", "reference"])
-@preference
+@pytest.mark.parametrize("objective", [*SUMS, *STEP_WIDE, DPO(divergence="forward_kl"), DiscoPOP(beta=1.0)], ids=named)
 def test_far_from_the_reference_a_gradient_is_still_a_number(objective, lower):
     """In fp32, where exp(89) is infinite: a response 400 nats from where it was before training."""
     if isinstance(objective, IPO) and objective.divergence == "forward_kl" and lower == "policy":
-        return  # the square of such an exponential is infinite, and the step is named and not saved
+        pytest.skip("the square of such an exponential is infinite: the step is named and not saved")
     with jax.enable_x64(False):
         inputs = random_step()
         assert inputs.tokens.logp.dtype == jnp.float32
