@@ -62,18 +62,21 @@ def beside(output: storage.PathLike) -> epath.Path:
 
 
 @contextmanager
-def lease(file: epath.Path, what: str, say: Callable[[str], None] = print) -> Iterator[None]:
+def lease(
+    file: epath.Path, what: str, say: Callable[[str], None] = print, end: Callable[[str], NoReturn] | None = None
+) -> Iterator[None]:
     """Holds the lease in `file` on the output `what`; released however the block ends, but for SIGKILL, whose stale
     lease the next job takes over.
 
     Raises LeaseError where another job holds it; a failure to write `what` within is explained (writing.py). A job that
-    loses its lease, since it was stopped for long or `what` was removed or taken away, ends at once with exit code 1.
+    loses its lease, since it was stopped for long or `what` was removed or taken away, ends at once with exit code 1,
+    or as `end` does, which is called from a thread and does not return.
     """
     with explained_writing(what):
         made = _make_directory(file)
         mine = _acquire(file, what, say)
     ended = threading.Event()
-    heart = threading.Thread(target=_beat, args=(file, what, mine, ended), name="lease", daemon=True)
+    heart = threading.Thread(target=_beat, args=(file, what, mine, ended, end or _end), name="lease", daemon=True)
     heart.start()
     try:
         with explained_writing(what):
@@ -182,7 +185,7 @@ def _why_stale(holder: Holder, silent: Holder | None) -> str | None:
     return late if hangs else None
 
 
-def _beat(file: epath.Path, what: str, mine: Holder, ended: threading.Event) -> None:
+def _beat(file: epath.Path, what: str, mine: Holder, ended: threading.Event, end: Callable[[str], NoReturn]) -> None:
     """Renews the heartbeat until `ended`; ends the process when the lease is no longer its own."""
     while not ended.wait(BEAT):
         try:
@@ -190,7 +193,7 @@ def _beat(file: epath.Path, what: str, mine: Holder, ended: threading.Event) -> 
         except OSError:  # a store that does not answer just now; who writes the output says so if that lasts
             continue
         if lost:
-            _end(f"{what}: {lost}. Nothing more is written there; earlier checkpoints and parts are as they were")
+            end(f"{what}: {lost}. Nothing more is written there; earlier checkpoints and parts are as they were")
 
 
 def _renew(file: epath.Path, mine: Holder) -> str | None:

@@ -27,7 +27,7 @@ from mmrlhf_jax import storage
 from mmrlhf_jax.command import CommandError, UsageError
 from mmrlhf_jax.lease import lease
 from mmrlhf_jax.nn.sharding import replicated
-from mmrlhf_jax.training.peers import JAX_SILENT, client
+from mmrlhf_jax.training.peers import JAX_SILENT, client, end_together
 from mmrlhf_jax.writing import explained_writing
 
 T = TypeVar("T")
@@ -143,9 +143,10 @@ def from_speaker(work: Callable[[], T]) -> T:
 
 @contextmanager
 def job_lease(file: epath.Path, what: str) -> Iterator[None]:
-    """`lease`, of which the speaker is the one that holds it. Raises on all processes where it is refused."""
+    """`lease`, of which the speaker is the one that holds it. Raises on all processes where it is refused, and ends all
+    of them within seconds where it is lost."""
     with ExitStack() as held:
-        from_speaker(lambda: held.enter_context(lease(file, what)))
+        from_speaker(lambda: held.enter_context(lease(file, what, end=end_together)))
         with explained_writing(what):  # by the others
             yield
 

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -37,6 +37,7 @@ SILENT = 36.0  # seconds without one after which a process is taken for dead
 JAX_SILENT = 100  # the same for jax's own watch, whose message names nobody: by half of it, it must come second
 TIMES = 10.0  # a step may take that many times what the slowest of the last steps would have taken for its work
 ENDING = 10.0  # seconds for a process to find out for itself what ended another, and say so
+HEARD = BEAT + 2.0  # seconds until all have heard what one told, and judged it
 KEY = "mmrlhf/peers/"
 STEP = "in the step"  # what it does there, such as a collective, may be waiting for others
 
@@ -57,7 +58,7 @@ class Sign:
 
     count: int
     host: str
-    state: str  # running, done, failed; stuck: found that somebody is, see message
+    state: str  # running, done, failed; stuck, ending: found that one is, or why else none can go on, see message
     place: Place
     message: str = ""
 
@@ -74,6 +75,8 @@ class _Here:
     """of this step and of the one before it, whose end is waited for within this one"""
     step_limit: float = math.inf  # seconds
     other_limit: float = math.inf
+    together: bool = False  # whether there are others who listen
+    news: threading.Event = field(default_factory=threading.Event)  # for them
 
 
 _here = _Here()
@@ -142,7 +145,9 @@ def watched_processes() -> Iterator[None]:
             yield
         finally:
             watch.ended.set()
+            _here.news.set()
         return
+    _here.together = True
     watch.start(client())
     try:
         yield
@@ -184,7 +189,20 @@ def _exit_soon(status: int, seconds: float) -> None:
     _exit(status)
 
 
-def _exit(status: int) -> None:
+def end_together(message: str, state: str = "ending", *, tell: bool = True) -> NoReturn:
+    """Ends this process from any thread, and with it the others, which say `message` too: why none can go on.
+
+    `state`: what a Sign then says of this one. `tell`: some may not have heard of it.
+    """
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if tell and _here.together:
+        _here.state, _here.message = state, message
+        _here.news.set()
+        time.sleep(HEARD)  # their collectives break when this process goes; the coordinator goes last, see _exit_soon
+    _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
     """From any thread: the main one does not listen."""
     for worker in multiprocessing.active_children():  # those that load data would outlive it
         worker.kill()
@@ -204,7 +222,7 @@ class Watch:
         self.moved: dict[int, float] = {}
         self.answered = time.monotonic()
         self.resumed = -math.inf
-        self.ended, self.news = threading.Event(), threading.Event()
+        self.ended = threading.Event()
 
     def start(self, connection: Any | None) -> None:
         """`connection`: to the coordinator; None where there are no others."""
@@ -218,8 +236,8 @@ class Watch:
                 sign = Sign(count, host, _here.state, _here.place, _here.message)
                 told = {self.me: sign} if connection is None else self._exchange(connection, sign)
                 self.note(told, time.monotonic())
-            self.news.wait(BEAT)
-            self.news.clear()
+            _here.news.wait(BEAT)
+            _here.news.clear()
             if self.ended.is_set():
                 return
 
@@ -246,19 +264,19 @@ class Watch:
             if now - before > 2 * BEAT:
                 self.resumed = now  # this process itself was stopped: nothing that is older tells of others
             before = now
-            if (verdict := self.verdict(now)) is not None:
-                if self.me in self.suspects():
-                    faulthandler.dump_traceback()  # where each of its threads is
-                print(f"error: {verdict}; run the same command to go on", file=sys.stderr, flush=True)
-                if len(self.signs) > 1 and self._live():
-                    _here.state, _here.message = "stuck", verdict
-                    self.news.set()
-                    time.sleep(BEAT + 2.0)  # until all have heard: their collectives break when this process goes
-                _exit(1)
+            told, verdict = self.told(), self.verdict(now)
+            if told is None and verdict is None:
+                continue
+            if (told is None or told.state == "stuck") and self.me in self.suspects():
+                faulthandler.dump_traceback()  # where each of its threads is
+            if told is not None:
+                end_together(told.message, told.state, tell=self.me == 0)
+            end_together(f"{verdict}; run the same command to go on", "stuck")
 
-    def _live(self) -> bool:
-        """Whether all processes can still be told something."""
-        return all(self._since(self.heard[process], time.monotonic()) <= 3 * BEAT for process in self._running())
+    def told(self) -> Sign | None:
+        """The sign of another that found out why no process can go on."""
+        others = (sign for process, sign in sorted(self.signs.items()) if process != self.me)
+        return next((sign for sign in others if sign.state in ("stuck", "ending")), None)
 
     def _since(self, moment: float, now: float) -> float:
         return now - max(moment, self.resumed)
@@ -273,8 +291,6 @@ class Watch:
         for process, sign in sorted(self.signs.items()):
             if process == self.me:
                 continue
-            if sign.state == "stuck":
-                return sign.message
             if sign.state == "failed" and now - self.moved[process] > ENDING:
                 return f"process {process} on {sign.host} ended with an error: {sign.message}"
             if sign.state == "running" and (silent := self._since(self.heard[process], now)) > SILENT:

@@ -2,6 +2,7 @@
 happened. Hosts that share a run have one lease and one view of its checkpoints."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -165,6 +166,24 @@ def test_a_host_that_fails_takes_the_other_along_with_its_message(small_world, t
     print([host.printed()[-1500:] for host in hosts], time.monotonic() - began)
     assert codes == [1, 1]
     assert any(f"error: {tmp_path}/run: " in host.printed() for host in hosts)
+
+
+def test_hosts_whose_lease_is_lost_end_together_and_each_says_why(small_world, tmp_path):
+    hosts = at_work(small_world, tmp_path / "run")
+    lease = tmp_path / "run" / "lease.json"
+    stranger = json.loads(lease.read_text()) | {"token": "another", "host": "elsewhere", "pid": 7}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(stranger).ljust(lease.stat().st_size))
+    other.replace(lease)
+    try:
+        codes = [host.process.wait(MINUTE) for host in hosts]
+    finally:
+        bury(hosts)
+    print([host.printed()[-1500:] for host in hosts])
+    assert codes == [1, 1]
+    for host in hosts:
+        assert f"error: {tmp_path}/run: its lease was taken over by process 7 on elsewhere" in host.printed()
+    assert "another" in lease.read_text()  # which is not theirs to remove
 
 
 def test_hosts_are_refused_together_what_another_job_writes(small_world, tmp_path):

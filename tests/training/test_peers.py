@@ -94,7 +94,9 @@ def test_what_one_process_finds_the_others_say_too():
     seen = watch(
         (0.0, sign(1)), (5.0, sign(2, "stuck", message="process 1 on host-b, step 7: waiting for data for 36 s"))
     )
-    assert seen.verdict(5.0) == "process 1 on host-b, step 7: waiting for data for 36 s"
+    assert seen.told().message == "process 1 on host-b, step 7: waiting for data for 36 s"
+    assert watch((0.0, sign(1)), (5.0, sign(2, "ending", message="its lease has gone"))).told().state == "ending"
+    assert watch((0.0, sign(1)), (5.0, sign(2))).told() is None
 
 
 def test_the_wider_bound_of_any_process_counts(monkeypatch):
