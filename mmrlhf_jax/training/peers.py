@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import jax
@@ -38,6 +38,7 @@ JAX_SILENT = 100  # the same for jax's own watch, whose message names nobody: by
 TIMES = 10.0  # a step may take that many times what the slowest of the last steps would have taken for its work
 ENDING = 10.0  # seconds for a process to find out for itself what ended another, and say so
 HEARD = BEAT + 2.0  # seconds until all have heard what one told, and judged it
+AGAIN = "run the same command to go on"
 KEY = "mmrlhf/peers/"
 STEP = "in the step"  # what it does there, such as a collective, may be waiting for others
 
@@ -264,25 +265,32 @@ class Watch:
             if now - before > 2 * BEAT:
                 self.resumed = now  # this process itself was stopped: nothing that is older tells of others
             before = now
-            told, verdict = self.told(), self.verdict(now)
+            told, verdict = self.told(now), self.verdict(now)
             if told is None and verdict is None:
                 continue
             if (told is None or told.state == "stuck") and self.me in self.suspects():
                 faulthandler.dump_traceback()  # where each of its threads is
             if told is not None:
                 end_together(told.message, told.state, tell=self.me == 0)
-            end_together(f"{verdict}; run the same command to go on", "stuck")
+            end_together(f"{verdict}; {AGAIN}", "stuck")
 
-    def told(self) -> Sign | None:
-        """The sign of another that found out why no process can go on."""
-        others = (sign for process, sign in sorted(self.signs.items()) if process != self.me)
-        return next((sign for sign in others if sign.state in ("stuck", "ending")), None)
+    def told(self, now: float) -> Sign | None:
+        """What another says of why no process can go on; all hear the same."""
+        for process, sign in sorted(self.signs.items()):
+            if process == self.me:
+                continue
+            if sign.state in ("stuck", "ending"):
+                return sign
+            if sign.state == "failed" and now - self.moved[process] > ENDING:
+                message = f"process {process} on {sign.host} ended with an error: {sign.message}"
+                return replace(sign, message=message if AGAIN in message else f"{message}; {AGAIN}")
+        return None
 
     def _since(self, moment: float, now: float) -> float:
         return now - max(moment, self.resumed)
 
     def verdict(self, now: float) -> str | None:
-        """Why this process cannot go on, if so."""
+        """Why this process cannot go on, if it finds so by itself."""
         if (silent := self._since(self.answered, now)) > SILENT:
             return (
                 f"process 0, through which all talk, has not answered for {silent:.0f} s: it died or "
@@ -291,8 +299,6 @@ class Watch:
         for process, sign in sorted(self.signs.items()):
             if process == self.me:
                 continue
-            if sign.state == "failed" and now - self.moved[process] > ENDING:
-                return f"process {process} on {sign.host} ended with an error: {sign.message}"
             if sign.state == "running" and (silent := self._since(self.heard[process], now)) > SILENT:
                 return (
                     f"process {process} on {sign.host} has not been heard of for {silent:.0f} s, "

@@ -49,8 +49,11 @@ def test_a_process_that_is_done_may_be_silent():
 
 def test_a_failed_process_takes_the_others_along_after_they_had_time_to_find_out_themselves():
     seen = watch((0.0, sign(1)), (5.0, sign(2, "failed", message="the disk is full")))
-    assert seen.verdict(5 + ENDING) is None
-    assert seen.verdict(6 + ENDING) == "process 1 on host-b ended with an error: the disk is full"
+    assert seen.told(5 + ENDING) is None
+    assert seen.told(6 + ENDING).message == (
+        "process 1 on host-b ended with an error: the disk is full; run the same command to go on"
+    )
+    assert seen.verdict(6 + ENDING) is None
 
 
 def together(here, there, seconds):
@@ -94,9 +97,9 @@ def test_what_one_process_finds_the_others_say_too():
     seen = watch(
         (0.0, sign(1)), (5.0, sign(2, "stuck", message="process 1 on host-b, step 7: waiting for data for 36 s"))
     )
-    assert seen.told().message == "process 1 on host-b, step 7: waiting for data for 36 s"
-    assert watch((0.0, sign(1)), (5.0, sign(2, "ending", message="its lease has gone"))).told().state == "ending"
-    assert watch((0.0, sign(1)), (5.0, sign(2))).told() is None
+    assert seen.told(5.0).message == "process 1 on host-b, step 7: waiting for data for 36 s"
+    assert watch((0.0, sign(1)), (5.0, sign(2, "ending", message="its lease has gone"))).told(5.0).state == "ending"
+    assert watch((0.0, sign(1)), (5.0, sign(2))).told(5.0) is None
 
 
 def test_the_wider_bound_of_any_process_counts(monkeypatch):
