@@ -51,7 +51,7 @@ from mmrlhf_jax.training.distributed import (
     wait_for_all,
 )
 from mmrlhf_jax.training.model import absolute, check_family, load_model, model_fingerprint
-from mmrlhf_jax.training.peers import watched_processes
+from mmrlhf_jax.training.peers import StuckConfig, set_limits, watched_processes
 from mmrlhf_jax.training.recipe import INFERENCE
 from mmrlhf_jax.training.runtime import set_up_jax, stop_signals
 
@@ -91,6 +91,7 @@ class Arguments:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     layout: Layout = "split"
     """reward: where parameters lie while critiques are decoded, as launch/generate.py has it"""
+    stuck: StuckConfig = field(default_factory=StuckConfig)
 
 
 def main() -> None:
@@ -112,6 +113,7 @@ def main() -> None:
     )
     annotate = _reward if arguments.what == "reward" else _reference
     with watched_processes(), stop_signals() as asked:
+        set_limits(arguments.stuck)
         agreed = AgreedStop(mesh)
         annotate(arguments, list(dataset.parts()), mesh, compute, lambda: agreed(asked.is_set()))
 

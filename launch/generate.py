@@ -63,7 +63,7 @@ from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
 from mmrlhf_jax.storage import to_path
 from mmrlhf_jax.training.distributed import AgreedStop, agree_on_view, is_speaker, job_lease, join_processes, say
 from mmrlhf_jax.training.model import LoadedModel, assets_of, check_family, load_model, model_fingerprint
-from mmrlhf_jax.training.peers import watched_processes
+from mmrlhf_jax.training.peers import StuckConfig, set_limits, watched_processes
 from mmrlhf_jax.training.recipe import INFERENCE
 from mmrlhf_jax.training.runtime import set_up_jax, stop_signals
 
@@ -112,6 +112,7 @@ class Arguments:
     layout: Layout = "split"
     """where parameters lie while answers are decoded. split: as they train, each layer gathered for each token where
     --mesh.fsdp is above 1; whole: moved once, so that every device keeps all that its share of --mesh.tensor needs"""
+    stuck: StuckConfig = field(default_factory=StuckConfig)
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def main() -> None:
         stop_signals() as asked,
         tempfile.TemporaryDirectory(prefix="mmrlhf-generate-") as folder,
     ):
+        set_limits(arguments.stuck)
         answer(arguments, make_mesh(arguments.mesh), asked, folder)
 
 

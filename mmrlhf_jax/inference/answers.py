@@ -36,6 +36,7 @@ from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.models.llava_onevision.render import LlavaOnevisionRenderer, where
 from mmrlhf_jax.training.distributed import agree_on_view, check_agreement, is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
+from mmrlhf_jax.training.peers import STORING, meanwhile
 
 ANSWERS, SCORES = "answers", "scores"  # the two kinds of parts
 
@@ -90,7 +91,8 @@ def write_answers(
     with file.saving(ANSWERS, saving) as keep:
         for index, answers in said if todo else ():
             if is_speaker():  # every process is given the same
-                keep([_record(prompts, index, answers)])
+                with meanwhile(STORING):
+                    keep([_record(prompts, index, answers)])
     wait_for_all("the answers are stored")
     return len(todo)
 
@@ -115,7 +117,8 @@ def write_scores(
                 for index, reward in rewards.items()
             ]
             if is_speaker():  # every process is given the same
-                keep(lines)
+                with meanwhile(STORING):
+                    keep(lines)
             if scoring.critiques != "generated":  # decoding looks by itself
                 watch.check()
     wait_for_all("the scores are stored")

@@ -29,6 +29,8 @@ from mmrlhf_jax.inference.sample import SamplingConfig, request_key
 from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.nn.sharding import batch_share
+from mmrlhf_jax.training.metrics import Clock
+from mmrlhf_jax.training.peers import BEHIND, STEP, doing, new_pace, step_begins
 from mmrlhf_jax.training.runtime import to_devices
 
 _AHEAD = 3  # requests of a shard that are rendered or being rendered
@@ -227,6 +229,7 @@ class _Tally:
     done: int = 0
     prefilled: int = 0
     generated: int = 0
+    looks: int = 0  # of the host
 
     def tell(self, generated: int) -> None:
         """`generated` by the bucket in work, on top of those before it."""
@@ -287,7 +290,11 @@ class _Bucket:
             future.cancel()
 
     def rendered(self, index: int) -> Rendered:
-        found = self.rendering.pop(index).result()
+        rendering = self.rendering.pop(index)
+        if not rendering.done():
+            doing("waiting for data", bounded=True)
+        found = rendering.result()
+        doing(STEP, bounded=True)
         if found.lengths != self.requests[index].lengths:
             raise ValueError(
                 f"request {index} ({self.requests[index].name}): rendered to {found.lengths}, it states "
@@ -380,18 +387,26 @@ def _decode_bucket(host: _Bucket, steps: int, tally: _Tally) -> Iterator[tuple[i
     host.render_ahead()
     finished: list[tuple[int, Samples]] = []
     generated = 0
+    clock = Clock()
+    new_pace()
     while host.pending():
+        tally.looks += 1
+        step_begins(tally.looks, 1.0)
         # a prefill forwards a row on every shard: it waits until half of those that have requests have room
         need = max(1, math.ceil(sum(map(bool, host.queues)) / 2))
         while (ready := host.ready()) and (len(ready) >= need or not host.in_flight()):
             tally.prefilled += sum(host.tokens(shard) for shard in ready)
-            state = host.admit(state, ready)
-        state, running = host.run(state, need, steps)
+            with clock.compiling(host.programs.admit):
+                state = host.admit(state, ready)
+        with clock.compiling(host.programs.run):
+            state, running = host.run(state, need, steps)
         yield from finished  # whoever consumes them works while the devices do
         status = jax.device_get(running)
         finished = host.finished(state, status)
         tally.done += len(finished)
         generated = int(status.sampled.sum())
         tally.tell(generated)
+        clock.lap(1.0)
     tally.generated += generated
     yield from finished
+    doing(BEHIND)

@@ -19,7 +19,9 @@ from mmrlhf_jax.data.pipeline import GroupSource, Items, Loader, Selection, meas
 from mmrlhf_jax.data.plan import MicroBatch
 from mmrlhf_jax.groups import Group, Renderer
 from mmrlhf_jax.nn.sharding import BatchShare, batch_sharding, batch_share, replicated
+from mmrlhf_jax.training.metrics import Clock
 from mmrlhf_jax.training.model import LoadedModel
+from mmrlhf_jax.training.peers import BEHIND, doing, new_pace, step_begins
 from mmrlhf_jax.training.runtime import to_devices
 
 FLUSH_SECONDS = 20.0  # a killed run loses at most what it did in this time
@@ -123,9 +125,18 @@ def _walk(
         forward.source, forward.renderer, items.items, buckets.buckets, selection, items.responses, share=share.rows
     )
     compiled = jax.jit(forward.read, out_shardings=placed)
+    clock = Clock()
+    new_pace()
     with jax.set_mesh(mesh):
-        for micro, batch in micro_batches(plan, loader, workers=config.workers):
-            yield micro, batch, items, compiled(forward.model.params, to_devices(batch, mesh))
+        for number, (micro, batch) in enumerate(clock.waiting(micro_batches(plan, loader, workers=config.workers)), 1):
+            bucket = buckets.buckets[micro.bucket]
+            slots = bucket.groups * (bucket.tiles * forward.model.config.tile_cost + bucket.prompt + bucket.response)
+            step_begins(number, slots)
+            with clock.compiling(bucket):
+                values = compiled(forward.model.params, to_devices(batch, mesh))
+            yield micro, batch, items, values
+            clock.lap(slots)
+    doing(BEHIND)
 
 
 def written_parts(mesh: Mesh) -> set[int]:

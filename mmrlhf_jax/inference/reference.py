@@ -22,6 +22,7 @@ from mmrlhf_jax.inference.watch import Watch
 from mmrlhf_jax.models.llava_onevision.model import Compute, LlavaOnevision, response_logps
 from mmrlhf_jax.training.distributed import agree_on_view, is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
+from mmrlhf_jax.training.peers import STORING, meanwhile
 
 
 def write_reference_logps(
@@ -82,5 +83,6 @@ def _flush(store: AnnotationStore, groups: Sequence[Group], pending: dict[int, n
     if pending:
         rows = sorted(pending)
         hashes = [groups[row].content_hash() for row in rows]
-        store.write(rows, hashes, {"logp": [pending[row] for row in rows]})
+        with meanwhile(STORING):
+            store.write(rows, hashes, {"logp": [pending[row] for row in rows]})
         pending.clear()

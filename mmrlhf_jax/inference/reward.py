@@ -44,6 +44,7 @@ from mmrlhf_jax.models.critique_reward.render import (
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.training.distributed import agree_on_view, is_speaker, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel
+from mmrlhf_jax.training.peers import STORING, meanwhile
 
 Rewards = Iterator[dict[int, GroupReward]]
 
@@ -171,7 +172,8 @@ def _flush(store: AnnotationStore, groups: Sequence[Group], pending: dict[int, G
         rows = sorted(pending)
         arrays = [pending[row].arrays() for row in rows]
         hashes = [content_of(groups[row], store.key["critiques"], bool(store.key.get("facts"))) for row in rows]
-        store.write(rows, hashes, {name: [each[name] for each in arrays] for name in arrays[0]})
+        with meanwhile(STORING):
+            store.write(rows, hashes, {name: [each[name] for each in arrays] for name in arrays[0]})
     pending.clear()
 
 

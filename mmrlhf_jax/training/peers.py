@@ -41,6 +41,8 @@ HEARD = BEAT + 2.0  # seconds until all have heard what one told, and judged it
 AGAIN = "run the same command to go on"
 KEY = "mmrlhf/peers/"
 STEP = "in the step"  # what it does there, such as a collective, may be waiting for others
+BEHIND = "behind its last batch"  # storing what is done, or loading what comes next
+STORING = "storing what is done"
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,30 @@ class _Here:
 _here = _Here()
 
 
-def set_limits(step: float, other: float) -> None:
-    """Seconds after which a process is stuck: in a step (or TIMES what the last ones tell it may take), and elsewhere.
-    Without limits nobody is. All processes of a job set the same."""
-    _here.step_limit, _here.other_limit = step, other
+@dataclass(frozen=True)
+class StuckConfig:
+    """When a job that does not come on is ended, with a message that names process, host and step. At least 12; inf:
+    never"""
+
+    step: float = 35.0
+    """seconds without a sign of progress in a step (of training, or of a model that scores or answers: a batch), data
+    included; or, where that is longer, ten times what the slowest of the last 16 steps would have taken for as many
+    operations"""
+    other: float = 3600.0
+    """the same for what says nothing of how long it takes: compiling, a batch of an evaluation, saving"""
+
+    def __post_init__(self) -> None:
+        shortest = 3 * BEAT
+        if not (self.step >= shortest and self.other >= shortest):
+            raise ValueError(
+                f"stuck.step {self.step:g} and stuck.other {self.other:g} are seconds, at least {shortest:g}, as "
+                f"processes tell only every {BEAT:g} s what they do; inf = never"
+            )
+
+
+def set_limits(limits: StuckConfig) -> None:
+    """From here on this process is stuck beyond them; without limits none is. All processes of a job set the same."""
+    _here.step_limit, _here.other_limit = limits.step, limits.other
 
 
 def doing(what: str, step: int | None = None, *, bounded: bool = False) -> None:
@@ -118,6 +140,12 @@ def meanwhile(what: str) -> Iterator[None]:
     doing(what)
     yield
     _here.place = before
+
+
+def new_pace() -> None:
+    """What the last steps took says nothing of the next ones, which compute something else."""
+    _here.laps.clear()
+    _here.work.clear()
 
 
 def step_took(seconds: float, work: float) -> None:

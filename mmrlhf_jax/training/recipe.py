@@ -34,7 +34,7 @@ from mmrlhf_jax.objectives import (
     ScoreObjective,
     Supervised,
 )
-from mmrlhf_jax.training.peers import BEAT
+from mmrlhf_jax.training.peers import StuckConfig
 
 SLOTS_OF_UNKNOWN = 8192  # a device forwards at once, if its memory is not known
 
@@ -178,18 +178,6 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class StuckConfig:
-    """When a run that does not come on is ended, with a message that names process, host and step. At least 12; inf:
-    never"""
-
-    step: float = 35.0
-    """seconds without a sign of progress in a step, data included; or, where that is longer, ten times what the slowest
-    of the last 16 steps would have taken for as many operations"""
-    other: float = 3600.0
-    """the same for what says nothing of how long it takes: compiling, a batch of an evaluation, saving"""
-
-
-@dataclass(frozen=True)
 class LogConfig:
     tensorboard: bool = False
     """needs the `tensorboard` extra"""
@@ -273,12 +261,6 @@ class Recipe:
             raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
         if self.reference == "lora_off" and not self.lora.rank:
             raise ValueError("reference = 'lora_off' needs adapters to switch off: set lora.rank")
-        shortest = 3 * BEAT
-        if not (self.stuck.step >= shortest and self.stuck.other >= shortest):
-            raise ValueError(
-                f"stuck.step {self.stuck.step:g} and stuck.other {self.stuck.other:g} are seconds, at least "
-                f"{shortest:g}, as processes tell only every {BEAT:g} s what they do; inf = never"
-            )
         _check_evaluation(self.evaluation)
         adam = OptimizerConfig()
         if self.optimizer.second_moment == "factored" and (self.optimizer.b2, self.optimizer.eps) != (

@@ -182,7 +182,7 @@ def _train(recipe: Recipe, run: RunDirectory, profiler: Profiler) -> None:
     )
 
     # --- the loop: closing the checkpoints waits for the one being written, however it ends -----------------------
-    set_limits(recipe.stuck.step, recipe.stuck.other)
+    set_limits(recipe.stuck)
     with closing(checkpoints), closing(session.log), closing(profiler), jax.set_mesh(mesh):
         try:
             done = _loop(session, state)

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import re
+import time
 
 import jax
 import numpy as np
@@ -15,12 +16,14 @@ from tiny import TINY, random_params
 
 from mmrlhf_jax.batch import Entry, Totals, pack
 from mmrlhf_jax.groups import Branch, Bucket, Rendered
+from mmrlhf_jax.inference import engine
 from mmrlhf_jax.inference.decoding import Arrivals, Shape, blank, programs
 from mmrlhf_jax.inference.engine import DecodeConfig, Progress, Request, decode, with_forced_prefix
 from mmrlhf_jax.inference.sample import SamplingConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute, declare
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.nn.sharding import MeshConfig, ShardingRules, make_mesh
+from mmrlhf_jax.training import peers
 from mmrlhf_jax.training.runtime import to_devices
 
 STOP = tuple(range(5, 320, 20))
@@ -159,6 +162,36 @@ def test_progress_counts_all_requests():
     looks: list[Progress] = []
     list(start(requests_of([group(i) for i in range(3)]), progress=looks.append))
     assert (looks[-1].done, looks[-1].total) == (3, 3)
+
+
+def test_the_others_of_a_job_are_told_when_a_look_waits_for_data_and_when_it_may_take_any_time(monkeypatch):
+    """What makes a host that hangs in a picture's disk known by name, within a minute."""
+    monkeypatch.setattr(peers, "_here", here := peers._Here())
+    peers.set_limits(peers.StuckConfig(step=40.0, other=3600.0))
+    groups, waits, looks = [group(i) for i in range(6)], [], []
+
+    def doing(what: str, **more: bool) -> None:
+        peers.doing(what, **more)
+        if what == "waiting for data":
+            waits.append(here.place)
+
+    def render(index: int) -> Rendered:
+        until = time.monotonic() + 60
+        while len(waits) <= index:  # until it is waited for
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        return groups[index]
+
+    monkeypatch.setattr(engine, "doing", doing)
+    requests = [Request(g.lengths, lambda i=i: render(i), str(i)) for i, g in enumerate(groups)]
+    list(start(requests, progress=lambda now: looks.append(here.place)))
+    assert len(waits) == len(groups)
+    assert [place.step for place in looks] == list(range(1, len(looks) + 1))
+    assert {place.what for place in looks} == {peers.STEP}
+    # of the first look, which compiles, nothing tells how long it may take, nor of the next: it tells nothing itself
+    assert [place.limit for place in looks] == [3600.0] * 2 + [40.0] * (len(looks) - 2)
+    assert {place.limit for place in waits if place.step > 2} == {40.0}
+    assert here.place == peers.Place(len(looks), peers.BEHIND, 3600.0)
 
 
 def test_branches_without_an_end_are_given_as_they_stand():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from another_job import held
-from small_world import ROOT, metrics, run, run_hosts, start_hosts, wait_for_hosts
+from small_world import ROOT, make_small_world, metrics, run, run_hosts, start_hosts, wait_for_hosts
 
 from mmrlhf_jax.training.run import Checkpoints
 
@@ -152,6 +152,33 @@ def test_a_host_that_is_stuck_in_a_step_is_named_within_a_minute(stuck, processe
     assert "run the same command to go on" in hosts[0].printed()
     assert 'pipeline.py", line ' in hosts[-1].printed()  # its stack
     assert Checkpoints(output / "checkpoints").latest()
+
+
+def test_a_host_that_is_stuck_while_annotating_is_named_too(tmp_path):
+    world = make_small_world(tmp_path / "world", groups=200)
+    store, loaders = Path(world.dataset) / "annotations", []
+    hosts = start_hosts(
+        "annotate", "--dataset", world.dataset, "--model", world.model, "--with", "reference", "--stuck.step", 12,
+        "--workers", 1, "--slots-per-device", 1, "--rows-per-part", 8, processes=2, devices=1,
+    )  # fmt: skip
+    try:
+        while not list(store.rglob("*.npz")):
+            assert all(host.process.poll() is None for host in hosts), [host.printed() for host in hosts]
+            time.sleep(0.02)
+        loaders = descendants(hosts[1].process.pid)
+        for pid in loaders:
+            os.kill(pid, signal.SIGSTOP)
+        codes = [host.process.wait(MINUTE) for host in hosts]
+    finally:
+        bury(hosts)
+        for pid in loaders:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    print([host.printed()[-3000:] for host in hosts])
+    assert codes == [1, 1]
+    for host in hosts:
+        assert re.search(r"error: process 1 on .*, step \d+: waiting for data for \d+ s while others", host.printed())
+    assert 'pipeline.py", line ' in hosts[1].printed()
 
 
 def test_a_host_that_fails_takes_the_other_along_with_its_message(small_world, tmp_path):

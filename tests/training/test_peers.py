@@ -2,11 +2,9 @@
 
 import pytest
 
-from mmrlhf_jax.objectives import DPO
 from mmrlhf_jax.training import peers
 from mmrlhf_jax.training.metrics import Clock
-from mmrlhf_jax.training.peers import ENDING, SILENT, STEP, Place, Sign, Watch, from_json, to_json
-from mmrlhf_jax.training.recipe import Recipe, StuckConfig
+from mmrlhf_jax.training.peers import ENDING, SILENT, STEP, Place, Sign, StuckConfig, Watch, from_json, to_json
 
 STALL, LONG = 40.0, 300.0
 
@@ -126,14 +124,14 @@ def test_getting_to_the_first_step_may_take_any_time_and_the_others_wait():
 @pytest.mark.parametrize("limits", [{"step": 1.0}, {"other": 0.0}, {"step": float("nan")}, {"other": float("nan")}])
 def test_a_bound_shorter_than_signs_of_life_are_apart_is_refused(limits):
     with pytest.raises(ValueError, match=r"stuck\.step .* and stuck\.other .* at least 12"):
-        Recipe(objective=DPO(), stuck=StuckConfig(**limits))
+        StuckConfig(**limits)
 
 
 def test_a_step_is_given_many_times_what_steps_took(monkeypatch):
     monkeypatch.setattr(peers, "_here", here := peers._Here())
     peers.doing(STEP, 1, bounded=True)
     assert here.place == Place(1, STEP, None)  # no limits
-    peers.set_limits(40.0, 3600.0)
+    peers.set_limits(StuckConfig(40.0, 3600.0))
     peers.doing(STEP, 1, bounded=True)
     assert here.place.limit == 3600.0  # nothing is known yet
     peers.step_took(2.0, work=1e9)
@@ -145,7 +143,7 @@ def test_a_step_is_given_many_times_what_steps_took(monkeypatch):
     with peers.meanwhile("compiling"):
         assert here.place == Place(2, "compiling", 3600.0)
     assert here.place == Place(2, STEP, 600.0)
-    peers.set_limits(float("inf"), float("inf"))
+    peers.set_limits(StuckConfig(float("inf"), float("inf")))
     peers.doing(STEP, bounded=True)
     assert here.place.limit is None
 
@@ -159,7 +157,7 @@ def test_a_sign_survives_its_way_through_the_coordinator(limit):
 def test_what_comes_before_the_first_step_says_nothing_of_how_long_steps_take(monkeypatch):
     """A first step of many micro-batches may take minutes on a CPU: it has the wide bound."""
     monkeypatch.setattr(peers, "_here", here := peers._Here())
-    peers.set_limits(40.0, 3600.0)
+    peers.set_limits(StuckConfig(40.0, 3600.0))
     clock = Clock()
     clock.restart()  # the held-out groups were scored
     for _ in clock.waiting(["micro-batch"]):
@@ -176,7 +174,7 @@ def test_what_comes_before_the_first_step_says_nothing_of_how_long_steps_take(mo
 
 def test_a_step_that_computes_more_may_take_longer_and_so_may_the_next_which_waits_for_it(monkeypatch):
     monkeypatch.setattr(peers, "_here", here := peers._Here())
-    peers.set_limits(40.0, 3600.0)
+    peers.set_limits(StuckConfig(40.0, 3600.0))
     peers.step_begins(1, work=1e9)
     peers.step_took(5.0, work=1e9)
     limits = []
