@@ -102,18 +102,18 @@ def main() -> None:
         return
     join_processes()
     set_up_jax(arguments.dtype)
-    dataset = open_dataset(arguments.dataset)
-    mesh = make_mesh(arguments.mesh)
-    compute = Compute(
-        dtype=arguments.dtype,
-        platform=mesh.devices.flat[0].platform,
-        attention=arguments.attention,
-        vocab_chunk=arguments.vocab_chunk,
-        vocab_shards=mesh.shape["tensor"],
-    )
     annotate = _reward if arguments.what == "reward" else _reference
     with watched_processes(), stop_signals() as asked:
         set_limits(arguments.stuck)
+        dataset = open_dataset(arguments.dataset)
+        mesh = make_mesh(arguments.mesh)
+        compute = Compute(
+            dtype=arguments.dtype,
+            platform=mesh.devices.flat[0].platform,
+            attention=arguments.attention,
+            vocab_chunk=arguments.vocab_chunk,
+            vocab_shards=mesh.shape["tensor"],
+        )
         agreed = AgreedStop(mesh)
         annotate(arguments, list(dataset.parts()), mesh, compute, lambda: agreed(asked.is_set()))
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
+import threading
+import time
 import traceback
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -21,6 +24,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 INTERRUPTED = 75
+PARENT = "MMRLHF_PARENT"  # environment variable: the number of the process that started this one, and waits for it
 
 
 class CommandError(Exception):
@@ -42,8 +46,11 @@ def run_command(main: Callable[[], None]) -> None:
     """Run a program and leave the process with its exit code.
 
     Errors of input (`CommandError`, `ValueError`, `OSError`) become one message on stderr. Anything else is a defect of
-    ours and keeps its traceback; MMRLHF_TRACEBACK=1 shows it for all.
+    ours and keeps its traceback; MMRLHF_TRACEBACK=1 shows it for all. A program that another one started and waits for
+    is asked to stop, as by SIGTERM, when that one is gone: nobody would, and it holds devices and a lease.
     """
+    if (parent := os.environ.pop(PARENT, "")).isdigit():
+        threading.Thread(target=_end_with, args=(int(parent),), name="parent", daemon=True).start()
     try:
         main()
     except KeyboardInterrupt:
@@ -57,6 +64,13 @@ def run_command(main: Callable[[], None]) -> None:
             traceback.print_exc()
         print(f"error: {printable(str(error) or type(error).__name__)}", file=sys.stderr)
         sys.exit(error.status if isinstance(error, CommandError) else 1)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    print("the program that started this one has gone", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _nobody_reads() -> bool:

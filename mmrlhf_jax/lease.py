@@ -187,10 +187,12 @@ def _why_stale(holder: Holder, silent: Holder | None) -> str | None:
 
 def _beat(file: epath.Path, what: str, mine: Holder, ended: threading.Event, end: Callable[[str], NoReturn]) -> None:
     """Renews the heartbeat until `ended`; ends the process when the lease is no longer its own."""
-    while not ended.wait(BEAT):
+    wait = BEAT
+    while not ended.wait(wait):
         try:
-            lost = _renew(file, mine)
+            lost, wait = _renew(file, mine), BEAT
         except OSError:  # a store that does not answer just now; who writes the output says so if that lasts
+            wait = BEAT / 10  # another job may have taken it over by the time it does
             continue
         if lost:
             end(f"{what}: {lost}. Nothing more is written there; earlier checkpoints and parts are as they were")
@@ -227,7 +229,8 @@ def _release(file: epath.Path, mine: Holder) -> None:
 
 def _end(message: str) -> NoReturn:
     """Ends the process from any thread: the main one may be writing, or wait in a collective."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # it may be its disk that is full
+        print(f"error: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
 

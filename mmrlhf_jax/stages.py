@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import resource
 import shlex
 import signal
@@ -25,7 +26,7 @@ from typing import Any
 
 from etils import epath
 
-from mmrlhf_jax.command import INTERRUPTED, CommandError, UsageError
+from mmrlhf_jax.command import INTERRUPTED, PARENT, CommandError, UsageError
 from mmrlhf_jax.lease import beside, held_by_parent, lease
 from mmrlhf_jax.storage import write_whole
 
@@ -143,23 +144,62 @@ def _claim(output: Path, program: str, options: Mapping[str, Any]) -> None:
         write_whole(file, stated.encode())
 
 
+@dataclass
+class _Sigterm:
+    """Whether it came, and whether what it does is held back for a moment."""
+
+    came: bool = False
+    held: bool = False
+
+
+_sigterm = _Sigterm()
+
+
 def stop_on_sigterm() -> None:
     """SIGTERM ends the stage that runs, which saves what it has, and this program with exit code 75."""
+    _sigterm.came = False
     signal.signal(signal.SIGTERM, _stop)
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    raise CommandError("interrupted; run the same command to go on", INTERRUPTED)
+    first, _sigterm.came = not _sigterm.came, True
+    if first and not _sigterm.held:  # a second one would only keep the first from ending what runs
+        raise_if_asked()
+
+
+def raise_if_asked() -> None:
+    """Raises CommandError, with exit code 75, if SIGTERM came: it may have been held back."""
+    if _sigterm.came:
+        raise CommandError("interrupted; run the same command to go on", INTERRUPTED)
+
+
+@contextmanager
+def sigterm_held_back() -> Iterator[None]:
+    """For starting a program: a signal that came between its start and its being known would leave it running."""
+    _sigterm.held = True
+    try:
+        yield
+    finally:
+        _sigterm.held = False
+
+
+def start(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Starts a program that ends when this one does (command.py)."""
+    return subprocess.Popen(command, env={**os.environ, PARENT: str(os.getpid())}, **options)
 
 
 def _run(name: str, command: list[str]) -> None:
     print("  python " + shlex.join(command[1:]), flush=True)
-    process = subprocess.Popen(command)
+    process = None
     try:
+        with sigterm_held_back():
+            process = start(command)
+        raise_if_asked()
         status = process.wait()
     except BaseException:  # stopped: so is the program, which saves what it has
-        process.terminate()
-        process.wait()
+        if process is not None:
+            process.terminate()
+            process.wait()
         raise
     if status:
         code = INTERRUPTED if status == INTERRUPTED else 1

@@ -118,7 +118,10 @@ def write_whole(path: epath.Path, data: bytes) -> None:
             file_system.pipe_file(name, data)
         return
     aside = path.with_name(f".{path.name}.writing")
-    aside.write_bytes(data)
+    with open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # or a machine that dies may keep the new name without the content
     aside.replace(path)
 
 

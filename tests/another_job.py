@@ -27,9 +27,11 @@ def held(file):
 
     write()
 
-    heart = threading.Thread(target=beat)
+    heart = threading.Thread(target=beat, daemon=True)
     heart.start()
-    yield
-    ended.set()
-    heart.join()
-    file.unlink()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
+        file.unlink()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -120,11 +122,18 @@ def in_order(python: list[str]) -> list[str]:
     return [python[0], str(ROOT / "tests" / "in_order.py"), *python[1:]]
 
 
+def free_port() -> int:
+    """Below those that the system hands out by itself: it stays free until somebody takes it by number."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 def start_hosts(program: str, *arguments: object, processes: int, devices: int) -> list[Host]:
     """The program on `processes` virtual hosts of `devices` each, joined over the loopback; not waited for."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     joined = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
     here = environment(devices)
     here.pop("NPROC", None)  # conftest's cure for many devices in one process; these have a few each

@@ -131,11 +131,13 @@ def alive_elsewhere(file, ahead=0.0):
             write(file, heartbeat=time.time() + ahead)
 
     write(file, heartbeat=time.time() + ahead)
-    heart = threading.Thread(target=beat)
+    heart = threading.Thread(target=beat, daemon=True)
     heart.start()
-    yield
-    ended.set()
-    heart.join()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()
 
 
 @pytest.fixture
@@ -145,7 +147,9 @@ def quick(monkeypatch):
 
 
 @pytest.mark.parametrize("ahead", [0.0, 7200.0, -7200.0], ids=["right", "fast", "slow"])
-def test_another_host_s_lease_holds_while_its_heart_beats_whatever_its_clock_says(file, quick, ahead):
+def test_another_host_s_lease_holds_while_its_heart_beats_whatever_its_clock_says(file, monkeypatch, ahead):
+    monkeypatch.setattr(leases, "BEAT", 2.0)
+    monkeypatch.setattr(leases, "STALE", 10.0)
     file.parent.mkdir()
     refused = pytest.raises(LeaseError, match=r"process 7 on elsewhere, which runs for 7 min and was heard of \d+ s")
     with alive_elsewhere(file, ahead), refused, lease(file, "RUN", lambda line: None):
@@ -224,8 +228,8 @@ def test_a_heartbeat_moves_on(file):
     assert later["started"] == first["started"]
 
 
-def test_a_lease_in_a_bucket(gs, monkeypatch, quick):
-    monkeypatch.setattr(leases, "SETTLE", 0.01)
+def test_a_lease_in_a_bucket(gs, monkeypatch):
+    monkeypatch.setattr(leases, "SETTLE", 0.01)  # and no heartbeat meanwhile, which would find the stranger, and end us
     file = epath.Path(gs) / "run" / "lease.json"
     with lease(file, "RUN"):
         with pytest.raises(LeaseError, match="another job: process"), lease(file, "RUN"):
@@ -237,6 +241,8 @@ def test_a_lease_in_a_bucket(gs, monkeypatch, quick):
         write(file)
         assert "taken over by process 7 on elsewhere" in leases._renew(file, mine)
     assert "theirs" in file.read_text()  # not ours to remove
+    monkeypatch.setattr(leases, "BEAT", 0.4)
+    monkeypatch.setattr(leases, "STALE", 2.0)
     write(file, heartbeat=0)
     said = []
     with lease(file, "RUN", said.append):

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from another_job import held
 from small_world import ROOT, command, environment
 
-from mmrlhf_jax.command import CommandError, UsageError
+from mmrlhf_jax import stages
+from mmrlhf_jax.command import INTERRUPTED, CommandError, UsageError
 from mmrlhf_jax.lease import LeaseError, beside
 from mmrlhf_jax.stages import Stages, claimed, worked_on
+from mmrlhf_jax.study.at_once import Job, run_at_once
 
 CLAIM = """
 import sys
@@ -115,3 +120,63 @@ def test_every_such_program_refuses_what_another_works_on(program: str, tmp_path
     assert f"error: {tmp_path / 'out'} is being written by another job: process 7 on elsewhere" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+STARTS = """
+import sys
+from mmrlhf_jax.stages import start
+start([sys.executable, *sys.argv[1:]]).wait()
+"""
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+from mmrlhf_jax.command import run_command
+
+def main():
+    signal.signal(signal.SIGTERM, lambda *_: (Path(sys.argv[1], "saved").touch(), sys.exit(75)))
+    Path(sys.argv[1], "at work").touch()
+    time.sleep(60)
+
+run_command(main)
+"""
+
+
+def wait_until_there(file: Path) -> None:
+    until = time.monotonic() + 30
+    while not file.exists():
+        assert time.monotonic() < until, file
+        time.sleep(0.02)
+
+
+def test_a_program_saves_and_ends_when_the_one_that_started_it_was_killed(tmp_path: Path) -> None:
+    starter = subprocess.Popen([sys.executable, "-c", STARTS, "-c", SAVES, str(tmp_path)])
+    wait_until_there(tmp_path / "at work")
+    starter.kill()
+    starter.wait()
+    wait_until_there(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_sigterm_while_a_program_is_started_ends_it(monkeypatch, tmp_path: Path, at_once: bool) -> None:
+    """Between its start and its being known to whoever started it there is a moment."""
+    started, start = [], stages.start
+    before = signal.getsignal(signal.SIGTERM)
+
+    def start_and_be_asked(command, **options):
+        started.append(start(command, **options))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return started[-1]
+
+    for place in ("mmrlhf_jax.stages.start", "mmrlhf_jax.study.at_once.start"):
+        monkeypatch.setattr(place, start_and_be_asked)
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    several = partial(run_at_once, [Job("sleeper", sleeper, tmp_path / "log")], 1, lambda: None)
+    work = several if at_once else partial(stages._run, "sleeper", sleeper)
+    try:
+        stages.stop_on_sigterm()
+        with pytest.raises(CommandError, match="interrupted") as told:
+            work()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told.value.status == INTERRUPTED
+    assert [process.poll() for process in started] == [-signal.SIGTERM]

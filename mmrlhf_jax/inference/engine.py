@@ -268,6 +268,10 @@ class _Bucket:
         """The shards with a free row and a request for it."""
         return [s for s, queue in enumerate(self.queues) if queue and None in self.held[s]]
 
+    def admissible(self) -> int:
+        """How many prefills, one after the other, would fill the free rows."""
+        return max(min(len(queue), held.count(None)) for queue, held in zip(self.queues, self.held, strict=True))
+
     def in_flight(self) -> bool:
         return any(index is not None for rows in self.held for index in rows)
 
@@ -391,7 +395,8 @@ def _decode_bucket(host: _Bucket, steps: int, tally: _Tally) -> Iterator[tuple[i
     new_pace()
     while host.pending():
         tally.looks += 1
-        step_begins(tally.looks, 1.0)
+        work = 1.0 + host.admissible()  # a prefill takes as long as many tokens
+        step_begins(tally.looks, work)
         # a prefill forwards a row on every shard: it waits until half of those that have requests have room
         need = max(1, math.ceil(sum(map(bool, host.queues)) / 2))
         while (ready := host.ready()) and (len(ready) >= need or not host.in_flight()):
@@ -406,7 +411,7 @@ def _decode_bucket(host: _Bucket, steps: int, tally: _Tally) -> Iterator[tuple[i
         tally.done += len(finished)
         generated = int(status.sampled.sum())
         tally.tell(generated)
-        clock.lap(1.0)
+        clock.lap(work)
     tally.generated += generated
     yield from finished
     doing(BEHIND)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmrlhf_jax.command import INTERRUPTED, CommandError
+from mmrlhf_jax.stages import raise_if_asked, sigterm_held_back, start
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ def run_at_once(jobs: Sequence[Job], most: int, watch: Callable[[], object], eve
         while waiting or running:
             while waiting and len(running) < most:
                 job = waiting.pop(0)
-                running[job.name] = (job, _started(job))
+                with sigterm_held_back():
+                    running[job.name] = (job, _started(job))
+                raise_if_asked()
             for name, (job, process) in list(running.items()):
                 status = process.poll()
                 if status:
@@ -53,4 +56,4 @@ def run_at_once(jobs: Sequence[Job], most: int, watch: Callable[[], object], eve
 def _started(job: Job) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("ab") as log:
-        return subprocess.Popen(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        return start(job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)

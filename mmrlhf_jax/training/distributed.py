@@ -27,11 +27,10 @@ from mmrlhf_jax import storage
 from mmrlhf_jax.command import CommandError, UsageError
 from mmrlhf_jax.lease import lease
 from mmrlhf_jax.nn.sharding import replicated
-from mmrlhf_jax.training.peers import JAX_SILENT, client, end_together
+from mmrlhf_jax.training.peers import JAX_SILENT, PATIENCE_MS, client, end_together
 from mmrlhf_jax.writing import explained_writing
 
 T = TypeVar("T")
-PATIENCE_MS = 24 * 3600 * 1000  # for the speaker's answer: whether it lives is watched elsewhere (peers.py)
 _turns = itertools.count()  # every process asks in the same order
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 

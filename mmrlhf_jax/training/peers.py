@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import faulthandler
+import itertools
 import json
 import math
 import multiprocessing
@@ -33,11 +35,12 @@ import jax
 from mmrlhf_jax.command import INTERRUPTED, CommandError
 
 BEAT = 4.0  # seconds between signs of life
-SILENT = 36.0  # seconds without one after which a process is taken for dead
+SILENT = 30.0  # seconds without one after which a process is taken for dead
 JAX_SILENT = 100  # the same for jax's own watch, whose message names nobody: by half of it, it must come second
 TIMES = 10.0  # a step may take that many times what the slowest of the last steps would have taken for its work
 ENDING = 10.0  # seconds for a process to find out for itself what ended another, and say so
 HEARD = BEAT + 2.0  # seconds until all have heard what one told, and judged it
+PATIENCE_MS = 24 * 3600 * 1000  # for what others do: whether they live is watched here
 AGAIN = "run the same command to go on"
 KEY = "mmrlhf/peers/"
 STEP = "in the step"  # what it does there, such as a collective, may be waiting for others
@@ -83,6 +86,7 @@ class _Here:
 
 
 _here = _Here()
+_ends = itertools.count()  # every process comes to the end of the same jobs
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class StuckConfig:
     """When a job that does not come on is ended, with a message that names process, host and step. At least 12; inf:
     never"""
 
-    step: float = 35.0
+    step: float = 30.0
     """seconds without a sign of progress in a step (of training, or of a model that scores or answers: a batch), data
     included; or, where that is longer, ten times what the slowest of the last 16 steps would have taken for as many
     operations"""
@@ -183,6 +187,14 @@ def watched_processes() -> Iterator[None]:
     except BaseException as error:
         _leave(error)
         raise
+    _part()
+
+
+def _part() -> None:
+    """Returns when all have come to their end: jax aborts those whose work goes on for minutes after the others'."""
+    doing("waiting for the others to end")
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # who has gone is the watch's affair
+        client().wait_at_barrier(f"mmrlhf/peers/end/{next(_ends)}", PATIENCE_MS)
     _here.state = "done"
 
 
@@ -194,21 +206,25 @@ def _begin() -> None:
 
 def _leave(error: BaseException) -> None:
     """Tells the others, unless all were asked to stop and do; and does not wait for them as jax would."""
-    status = error.status if isinstance(error, CommandError) else 1
-    if status == INTERRUPTED:
-        _here.state = "done"
+    if isinstance(error, CommandError) and error.status == INTERRUPTED:
+        _part()
         return
+    _here.place = Place(_here.place.step, "ending after an error")  # no longer in a step, and in nobody's way
+    status = error.status if isinstance(error, CommandError) else 1
+    if isinstance(error, KeyboardInterrupt):
+        status = INTERRUPTED
     if _from_runtime(error):
         time.sleep(SILENT + 2 * BEAT)  # a broken collective: if another process died, the watch tells which, and ends
-    _here.message = str(error)[:500] or type(error).__name__
-    _here.state = "failed"
+    _tell("failed", str(error)[:500] or type(error).__name__)
     # runs before jax's, which waits for all processes
     atexit.register(_exit_soon, status, 2 * BEAT + (ENDING if jax.process_index() == 0 else 0.0))
 
 
 def _from_runtime(error: BaseException) -> bool:
     """Whether jax's runtime says it, which puts a status (`UNKNOWN: Gloo AllGather failed ...`) before its errors,
-    whatever their class."""
+    whatever their class; a device without memory is no other process's affair."""
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return False
     return isinstance(error, jax.errors.JaxRuntimeError) or re.match(r"[A-Z]+(_[A-Z]+)*: ", str(error)) is not None
 
 
@@ -218,17 +234,44 @@ def _exit_soon(status: int, seconds: float) -> None:
     _exit(status)
 
 
-def end_together(message: str, state: str = "ending", *, tell: bool = True) -> NoReturn:
-    """Ends this process from any thread, and with it the others, which say `message` too: why none can go on.
+def end_together(message: str) -> NoReturn:
+    """Ends this process from any thread, and with it the others, which say `message` too: why none may go on.
 
-    `state`: what a Sign then says of this one. `tell`: some may not have heard of it.
+    While they hear of it nothing in this process runs Python any more, hence none of its threads writes.
     """
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if tell and _here.together:
-        _here.state, _here.message = state, message
-        _here.news.set()
-        time.sleep(HEARD)  # their collectives break when this process goes; the coordinator goes last, see _exit_soon
+    _tell("ending", message)
+    _say(f"error: {message}")
+    if _here.together:
+        for _ in range(2):  # the watch may be telling what it knew before
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                sign = Sign(sys.maxsize, socket.gethostname(), "ending", _here.place, message)
+                client().key_value_set(f"{KEY}{jax.process_index()}", to_json(sign), allow_overwrite=True)
+            time.sleep(0.05)
+        libc, left = ctypes.PyDLL(None), math.ceil(HEARD) + 1  # PyDLL: the interpreter's lock is kept
+        while left:
+            left = libc.sleep(left)  # what a signal left of it
     _exit(1)
+
+
+def _end(message: str, state: str, *, tell: bool) -> NoReturn:
+    """Ends this process for what its watch found or was told. `tell`: some may not have heard of it."""
+    if tell:
+        _tell(state, message)
+    _say(f"error: {message}")
+    if tell and _here.together:
+        # their collectives break when this process goes; the coordinator goes last, see _exit_soon
+        time.sleep(HEARD if jax.process_index() else 2 * HEARD)
+    _exit(1)
+
+
+def _tell(state: str, message: str) -> None:
+    _here.state, _here.message = state, message
+    _here.news.set()
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it may be its disk that is full
+        print(line, file=sys.stderr, flush=True)
 
 
 def _exit(status: int) -> NoReturn:
@@ -299,8 +342,8 @@ class Watch:
             if (told is None or told.state == "stuck") and self.me in self.suspects():
                 faulthandler.dump_traceback()  # where each of its threads is
             if told is not None:
-                end_together(told.message, told.state, tell=self.me == 0)
-            end_together(f"{verdict}; {AGAIN}", "stuck")
+                _end(told.message, told.state, tell=self.me == 0)
+            _end(f"{verdict}; {AGAIN}", "stuck", tell=True)
 
     def told(self, now: float) -> Sign | None:
         """What another says of why no process can go on; all hear the same."""

@@ -39,6 +39,7 @@ from mmrlhf_jax.models.files import read_text
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.training import manifest
 from mmrlhf_jax.training.distributed import from_speaker, is_speaker
+from mmrlhf_jax.training.peers import PATIENCE_MS
 from mmrlhf_jax.training.recipe import CheckpointConfig
 from mmrlhf_jax.training.state import TrainState, combine
 
@@ -123,6 +124,7 @@ class Checkpoints:
             step_name_format=_Listing(),
             cleanup_tmp_directories=writes,
             enable_async_checkpointing=writes,
+            async_options=ocp.AsyncOptions(timeout_secs=PATIENCE_MS // 1000, barrier_sync_fn=_barrier()),
             create=writes,
         )
         self.directory = directory if storage.is_remote(directory) else directory.absolute()
@@ -219,6 +221,19 @@ class Checkpoints:
         finally:
             self._beside.shutdown()
             self.manager.close()
+
+
+def _barrier() -> ocp.multihost.BarrierSyncFn:
+    """Orbax' barrier between processes, for threads. Who comes to it with an error does not wait: of a write that
+    failed on some processes, orbax has these wait at its last barrier and the others at an earlier one, and the error
+    would be told when both give up."""
+    wait = ocp.multihost.get_barrier_sync_fn()
+
+    def barrier(*, key: str, timeout_ms: int) -> None:
+        if sys.exc_info()[1] is None:
+            wait(key=key, timeout_ms=timeout_ms)
+
+    return barrier
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from mmrlhf_jax.nn.params import named_leaves
 from mmrlhf_jax.nn.sharding import replicated
 from mmrlhf_jax.objectives import CritiqueReward, RewardObjective
 from mmrlhf_jax.training import recipe as recipes
-from mmrlhf_jax.training.distributed import is_speaker, outcomes, say, wait_for_all
+from mmrlhf_jax.training.distributed import agree_on_view, is_speaker, outcomes, say, wait_for_all
 from mmrlhf_jax.training.model import LoadedModel, absolute, check_family, load_model, with_fresh_head
 from mmrlhf_jax.training.recipe import INFERENCE, Recipe
 from mmrlhf_jax.training.run import Checkpoints, RunDirectory, abstract_of, write_text
@@ -191,6 +191,7 @@ def resume(
     Raises ValueError when the data would go on in another order, or when there are checkpoints but none is sound.
     """
     damaged: dict[int, str] = {}
+    agree_on_view(run.checkpoints, checkpoints.steps())
     for step in reversed(checkpoints.steps()):
         found = checkpoints.damage(step)
         if found is None:
@@ -214,6 +215,7 @@ def _set_aside(run: RunDirectory, checkpoints: Checkpoints, damaged: Mapping[int
     for step, reason in damaged.items():
         place = checkpoints.set_aside(step, run.damaged)
         say(f"checkpoint {step} is damaged ({reason}): moved to {place}; going back to checkpoint {sound}")
+    agree_on_view(run.checkpoints, checkpoints.steps())
 
 
 def _restore(

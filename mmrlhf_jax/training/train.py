@@ -37,7 +37,7 @@ from mmrlhf_jax.training.data import (
     shapes_of,
     with_reference,
 )
-from mmrlhf_jax.training.distributed import AgreedStop, check_agreement, is_speaker, job_lease, say
+from mmrlhf_jax.training.distributed import AgreedStop, agree_on_view, check_agreement, is_speaker, job_lease, say
 from mmrlhf_jax.training.environment import note_environment
 from mmrlhf_jax.training.fit import device_memory, fit
 from mmrlhf_jax.training.grace import bytes_of, too_slow
@@ -78,6 +78,7 @@ def train(recipe: Recipe, output: str | os.PathLike[str]) -> None:
     leaves a checkpoint.
     """
     run = RunDirectory.at(output)
+    agree_on_view(run.path, [run.complete.exists(), run.exists() and run.has_begun()])
     check_resumable(run, recipe)
     check_log(run, recipe.log)
     check_metric(recipe.evaluation.metric, recipe.objective)

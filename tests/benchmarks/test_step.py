@@ -51,12 +51,12 @@ def test_a_group_and_its_pairs_agree_and_are_timed(tmp_path):
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(file.read_text())["rows"]
     assert (row["K"], row["pairs"], row["pairs_timed"], row["prompt"]) == (3, 3, 3, 1300)
-    assert row["ratio"] > 2
+    assert row["flops_ratio"] > 2
     check(row, "pairs")
     total, whole = row["parts"][-2:]
     assert (total["part"], whole["part"]) == ("sum of the parts", "the step itself")
     assert whole["seconds"] == row["seconds"]["group"]
-    assert 0.2 < total["share"] < 3  # other work shares the machine
+    assert 0.2 < total["share"] < 5  # other work shares the machine
     assert "  log-probs             forward" in done.stdout
     assert "K=3, 3 pairs, picture 384 x 200, prompt 1300: group" in done.stdout
 

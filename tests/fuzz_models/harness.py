@@ -67,6 +67,8 @@ class _Watch:
         self.root: str | None = None
         self.broken: list[str] = []
         home = [sys.prefix, sys.base_prefix, sysconfig.get_path("purelib"), str(Path(__file__).resolve().parents[2])]
+        if compiled := os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # of jax, where a tiny program took long to compile
+            home.append(compiled)
         self.allowed = tuple(os.path.realpath(path) + os.sep for path in home)
         sys.addaudithook(self.hook)
 

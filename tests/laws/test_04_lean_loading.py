@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from small_world import free_port
 from tiny import TINY, random_params, write_tiny_directory
 
 from mmrlhf_jax.models import key_table
@@ -136,11 +137,7 @@ print("same", len(jax.devices()), len(jax.local_devices()))
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices_each_load_their_parts(models):
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     processes = [run(TWO, str(models["float32"]), port, str(i), devices=4) for i in range(2)]
     assert [process.communicate(timeout=300)[0].strip() for process in processes] == ["same 8 4"] * 2
 

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -159,7 +160,7 @@ def test_a_host_that_is_stuck_while_annotating_is_named_too(tmp_path):
     store, loaders = Path(world.dataset) / "annotations", []
     hosts = start_hosts(
         "annotate", "--dataset", world.dataset, "--model", world.model, "--with", "reference", "--stuck.step", 12,
-        "--workers", 1, "--slots-per-device", 1, "--rows-per-part", 8, processes=2, devices=1,
+        "--workers", 1, "--slots-per-device", 1, "--rows-per-part", 8, "--max-buckets", 1, processes=2, devices=1,
     )  # fmt: skip
     try:
         while not list(store.rglob("*.npz")):
@@ -195,6 +196,24 @@ def test_a_host_that_fails_takes_the_other_along_with_its_message(small_world, t
     assert any(f"error: {tmp_path}/run: " in host.printed() for host in hosts)
 
 
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_checkpoint_that_one_host_cannot_write_ends_both_at_the_next_step(small_world, tmp_path, victim):
+    """Of a write that failed on some hosts orbax by itself tells after twenty minutes, when its barriers give up."""
+    hosts = at_work(small_world, tmp_path / "run")
+    began = time.monotonic()
+    resource.prlimit(hosts[victim].process.pid, resource.RLIMIT_FSIZE, (12_000, 12_000))  # more than it prints
+    try:
+        codes = [host.process.wait(MINUTE) for host in hosts]
+    finally:
+        bury(hosts)
+    print([host.printed()[-1500:] for host in hosts], time.monotonic() - began)
+    assert codes == [1, 1]
+    for host in hosts:
+        assert re.search(rf"error: .*{tmp_path}/run: File too large ", host.printed())
+        assert "raise the limit on the size of files (ulimit -f)" in host.printed()
+    assert Checkpoints(tmp_path / "run" / "checkpoints").latest()
+
+
 def test_hosts_whose_lease_is_lost_end_together_and_each_says_why(small_world, tmp_path):
     hosts = at_work(small_world, tmp_path / "run")
     lease = tmp_path / "run" / "lease.json"
@@ -203,6 +222,10 @@ def test_hosts_whose_lease_is_lost_end_together_and_each_says_why(small_world, t
     other.write_text(json.dumps(stranger).ljust(lease.stat().st_size))
     other.replace(lease)
     try:
+        while "taken over" not in hosts[0].printed():
+            assert hosts[0].process.poll() is None, hosts[0].printed()
+            time.sleep(0.01)
+        steps = len(metrics(tmp_path / "run"))
         codes = [host.process.wait(MINUTE) for host in hosts]
     finally:
         bury(hosts)
@@ -211,6 +234,7 @@ def test_hosts_whose_lease_is_lost_end_together_and_each_says_why(small_world, t
     for host in hosts:
         assert f"error: {tmp_path}/run: its lease was taken over by process 7 on elsewhere" in host.printed()
     assert "another" in lease.read_text()  # which is not theirs to remove
+    assert len(metrics(tmp_path / "run")) <= steps + 1  # process 0 takes no step more, though it is the last to go
 
 
 def test_hosts_are_refused_together_what_another_job_writes(small_world, tmp_path):
@@ -218,7 +242,7 @@ def test_hosts_are_refused_together_what_another_job_writes(small_world, tmp_pat
     output.mkdir()
     with held(output / "lease.json"):
         hosts = start_hosts("train", *arguments(small_world, output), processes=2, devices=1)
-        assert wait_for_hosts(hosts, MINUTE) == [1, 1]
+        assert wait_for_hosts(hosts, 2 * MINUTE) == [1, 1]
     for host in hosts:
         assert f"error: {output} is being written by another job: process 7 on elsewhere" in host.printed()
     assert list(output.iterdir()) == []
