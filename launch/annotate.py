@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from jax.sharding import Mesh
 
-from mmrlhf_jax.command import UsageError, run_command
+from mmrlhf_jax.command import UsageError, read_arguments, run_command
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.dataset import PreparedDataset
 from mmrlhf_jax.data.datasets import open_dataset
@@ -95,7 +95,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="annotate.py")
+    arguments = read_arguments(Arguments, prog="annotate.py")
     _check(arguments)
     if arguments.what == "rule":
         _by_rule(arguments)
@@ -125,6 +125,9 @@ def _check(arguments: Arguments) -> None:
         raise UsageError("--with rule needs --rule FILE" if by_rule else "--rule is for --with rule")
     if by_rule and arguments != Arguments(arguments.dataset, "rule", rule=arguments.rule):
         raise UsageError("--with rule reads --dataset and --rule alone: leave out the others")
+    for name in ("samples", "vocab_chunk"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is not positive")
     if not by_rule and not arguments.model:
         raise UsageError(f"--with {arguments.what} needs --model MODEL")
     if arguments.what != "reference":

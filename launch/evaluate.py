@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from mmrlhf_jax import storage
-from mmrlhf_jax.command import UsageError, progress_line, run_command
+from mmrlhf_jax.command import UsageError, progress_line, read_arguments, run_command
 from mmrlhf_jax.data.annotations import AnnotationStore
 from mmrlhf_jax.data.media import MAX_FRAMES, MediaRoot
 from mmrlhf_jax.data.rewards import REWARD, Critiques, read_rewards
@@ -169,7 +169,7 @@ Chosen = (
 
 
 def main() -> None:
-    chosen = tyro.cli(Chosen, prog="evaluate.py", description=__doc__.split("\n")[0])  # type: ignore[call-overload]
+    chosen = read_arguments(Chosen, prog="evaluate.py", description=__doc__.split("\n")[0])
     if isinstance(chosen, AnswerArguments):
         check(chosen)
         answering.run(chosen)

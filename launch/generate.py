@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from jax.sharding import Mesh
 
-from mmrlhf_jax.command import CommandError, UsageError, run_command
+from mmrlhf_jax.command import CommandError, UsageError, read_arguments, run_command
 from mmrlhf_jax.data.datasets import open_dataset
 from mmrlhf_jax.data.report import SHOWN
 from mmrlhf_jax.inference.answer_file import AnswerFile, Record, Saving
@@ -144,7 +144,7 @@ class Work:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, prog="generate.py")
+    arguments = read_arguments(Arguments, prog="generate.py")
     check(arguments)
     join_processes()
     set_up_jax(arguments.dtype)
@@ -164,7 +164,7 @@ def check(arguments: Arguments) -> None:
     if arguments.dataset is not None and arguments.media is not None:
         raise UsageError("--media is for --input: a dataset holds its pictures")
     for name in ("samples", "critique_samples", "save_every"):
-        if getattr(arguments, name) <= 0:
+        if not getattr(arguments, name) > 0:  # nan is not
             raise UsageError(f"--{name.replace('_', '-')} {getattr(arguments, name)} is not positive")
     if arguments.samples > 1 and arguments.sampling.temperature == 0:
         raise UsageError(f"{arguments.samples} greedy answers are the same: set --temperature above 0")

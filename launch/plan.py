@@ -18,12 +18,12 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from mmrlhf_jax.command import CommandError, UsageError, run_command
+from mmrlhf_jax.command import CommandError, UsageError, read_arguments, run_command
 from mmrlhf_jax.groups import Bucket
 from mmrlhf_jax.planning.plan import TYPICAL, Choices, make_plan
 from mmrlhf_jax.planning.report import as_json, lines, verdict
 from mmrlhf_jax.planning.step_time import EFFICIENCY
-from mmrlhf_jax.planning.topology import read_target
+from mmrlhf_jax.planning.topology import Target, read_target
 from mmrlhf_jax.training.recipe import Recipe, read_recipe
 
 
@@ -46,7 +46,7 @@ def main() -> None:
         efficiency: float = EFFICIENCY,
         output: Annotated[str, tyro.conf.arg(name="json")] = "",
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = default,
-    ) -> None:
+    ) -> tuple[Recipe, Target, Choices, str]:
         """Whether a recipe fits chips that are not here, and how long its step should take.
 
         Args:
@@ -68,19 +68,24 @@ def main() -> None:
         target = read_target(topology, device, slices)
         if bucket and recipe.dataset:
             raise UsageError("--bucket stands for a dataset that is not here: leave one of them out")
+        if recipe.dataset and responses != 4:
+            raise UsageError("--responses are those of a dataset: leave one of them out")
+        if all_buckets and (estimate or device):
+            raise UsageError("--all-buckets compiles for TPUs: --device and --estimate compile nothing")
         if not 0 < efficiency <= 1 or responses < 1:
             raise UsageError("--efficiency lies in (0, 1], --responses is positive")
         choices = Choices(
             shape, read_bucket(bucket) if bucket else TYPICAL, responses, all_buckets, estimate, efficiency
         )
-        plan = make_plan(recipe, target, choices, say_progress)
-        print("\n".join(lines(plan)))
-        if output:
-            Path(output).write_text(json.dumps(as_json(plan), indent=2) + "\n")
-        if not plan.fits:
-            raise CommandError(verdict(plan))
+        return recipe, target, choices, output
 
-    tyro.cli(command, prog=f"plan.py {file}", args=arguments)
+    recipe, target, choices, output = read_arguments(command, prog=f"plan.py {file}", args=arguments)
+    plan = make_plan(recipe, target, choices, say_progress)
+    print("\n".join(lines(plan)))
+    if output:
+        Path(output).write_text(json.dumps(as_json(plan), indent=2) + "\n")
+    if not plan.fits:
+        raise CommandError(verdict(plan))
 
 
 def say_progress(text: str) -> None:

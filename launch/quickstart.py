@@ -77,6 +77,8 @@ class Arguments:
         for name in ("boards", "held_out_boards", "sft_steps", "reward_steps", "preference_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
+        if self.seed < 0:
+            raise UsageError(f"--seed {self.seed} is negative")
 
 
 def main() -> None:

@@ -69,6 +69,10 @@ def main() -> None:
             sources += [(dataset, dataset.groups()) for dataset in found.datasets.values()]
         if arguments.input is not None:
             prompts = read_prompts(arguments.input, arguments.media, folder, frames=FRAMES, progress=True)
+            if prompts.rejected:
+                bad = [f"{row.origin}: {row.reason}" for row in prompts.rejected[:8]]
+                many = f"{len(prompts.rejected)} of its rows cannot be shown"
+                raise CommandError("\n  ".join([f"{arguments.input}: {many}", *bad]))
             sources.append((prompts, prompts.groups))
         pictures = album(sources) if sources else Album({})
         text = page(Material(runs, found, answers, pictures, arguments.shown))

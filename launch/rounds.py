@@ -33,12 +33,10 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from mmrlhf_jax.command import run_command
+from mmrlhf_jax.command import read_arguments, run_command
 from mmrlhf_jax.rounds.loop import Loop
 from mmrlhf_jax.rounds.options import Options, check
-from mmrlhf_jax.stages import Stages, claimed, stop_on_sigterm
+from mmrlhf_jax.stages import Stages, claimed, stop_on_sigterm, what_it_says
 from mmrlhf_jax.training.recipe import read_recipe
 
 LAUNCH = Path(__file__).resolve().parent
@@ -51,12 +49,13 @@ class Arguments(Options):
 
 def main() -> None:
     stop_on_sigterm()
-    arguments = tyro.cli(Arguments, prog="rounds.py")
+    arguments = read_arguments(Arguments, prog="rounds.py")
     recipe = read_recipe(arguments.recipe)
     check(arguments, recipe)
     output = Path(arguments.output)
     free = ("output", "decode", "layout", *(("rounds",) if arguments.prompts_per_round else ()))
     options = {k: v for k, v in dataclasses.asdict(arguments).items() if k not in free}
+    options["recipe_says"] = what_it_says(recipe)  # generate and annotate compute as it has it, too
     with claimed(output, "rounds", options):
         Loop(arguments, recipe, Stages(output, LAUNCH)).run()
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import tyro
 
-from mmrlhf_jax.command import run_command
+from mmrlhf_jax.command import read_arguments, run_command
 from mmrlhf_jax.training.recipe import Recipe, read_recipe
 
 
@@ -33,7 +33,7 @@ def main() -> None:
         output: str,
         profile: str = default.log.profile,
         recipe: Annotated[tyro.conf.AvoidSubcommands[Recipe], tyro.conf.arg(name="")] = default,
-    ) -> None:
+    ) -> tuple[str, Recipe]:
         """Train a recipe; the same command again resumes.
 
         Args:
@@ -41,16 +41,17 @@ def main() -> None:
             profile: START:STOP, the steps whose trace is written into RUN/profile; short for --log.profile
             recipe: what to run
         """
-        from mmrlhf_jax.training.distributed import join_processes
-        from mmrlhf_jax.training.peers import watched_processes
-        from mmrlhf_jax.training.train import train
-
-        join_processes()
         log = recipe.log if profile == default.log.profile else dataclasses.replace(recipe.log, profile=profile)
-        with watched_processes():
-            train(dataclasses.replace(recipe, log=log), output)
+        return output, dataclasses.replace(recipe, log=log)
 
-    tyro.cli(command, prog=f"train.py {file}", args=arguments)
+    output, recipe = read_arguments(command, prog=f"train.py {file}", args=arguments)
+    from mmrlhf_jax.training.distributed import join_processes
+    from mmrlhf_jax.training.peers import watched_processes
+    from mmrlhf_jax.training.train import train
+
+    join_processes()
+    with watched_processes():
+        train(recipe, output)
 
 
 if __name__ == "__main__":

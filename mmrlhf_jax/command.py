@@ -66,6 +66,17 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(error.status if isinstance(error, CommandError) else 1)
 
 
+def read_arguments(what: Any, **options: Any) -> Any:
+    """`tyro.cli`. Raises UsageError for a value that its class refuses: where a class's flags have no prefix, tyro lets
+    the error pass as it is."""
+    import tyro
+
+    try:
+        return tyro.cli(what, **options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)

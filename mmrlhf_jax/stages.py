@@ -7,7 +7,6 @@ recipe than is there now, or its product has gone after later stages could read 
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ from etils import epath
 from mmrlhf_jax.command import INTERRUPTED, PARENT, CommandError, UsageError
 from mmrlhf_jax.lease import beside, held_by_parent, lease
 from mmrlhf_jax.storage import write_whole
+from mmrlhf_jax.training.recipe import Recipe, flatten, read_recipe
 
 TAKEN = ("seconds", "cpu_seconds", "peak_gib")
 
@@ -56,7 +56,7 @@ class Stages:
         Raises CommandError where it was done by other recipes, or what it made has gone and others may be made of it.
         """
         record = epath.Path(self.output / "stages" / f"{name}.json")
-        made_by = {path.name: _statements(path) for path in recipes}
+        made_by = {path.name: what_it_says(read_recipe(path)) for path in recipes}
         if record.exists():
             self._check(name, record, product, made_by)
             if product.exists():
@@ -104,12 +104,12 @@ class Stages:
         ]
 
 
-def _statements(recipe: Path) -> str:
-    """sha256 of what a recipe says: its code without comments, layout and docstring, alike under every Python."""
-    tree = ast.parse(recipe.read_text())
-    if ast.get_docstring(tree) is not None:
-        del tree.body[0]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+def what_it_says(recipe: Recipe) -> str:
+    """sha256 of what a recipe comes to, whatever it is built on, and wherever its template lies."""
+    flat = flatten(recipe)
+    if template := recipe.reward.template:
+        flat["reward.template"] = Path(template).read_text()
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -100,11 +100,19 @@ def test_a_product_that_has_gone_after_others_could_read_it_is_missed(tmp_path: 
 
 def test_another_recipe_is_refused_and_other_words_about_it_are_not(tmp_path: Path) -> None:
     stages, product, recipe = Stages(tmp_path, ROOT / "launch"), tmp_path / "product", tmp_path / "dpo.py"
-    recipe.write_text('"""A recipe."""\nbeta = 0.1\n')
+    base = ROOT / "configs" / "tiny.py"
+    says = """
+from dataclasses import replace
+from mmrlhf_jax.training.recipe import read_recipe
+recipe = replace(read_recipe({base!r}), seed={seed})
+"""
+    recipe.write_text('"""A recipe."""\n' + says.format(base=str(base), seed=3))
     stages.call("dpo", product, product.touch, [recipe])
-    recipe.write_text('"""The recipe."""\n# as published\nbeta = 0.1\n')
+    moved = tmp_path / "moved.py"
+    moved.write_text(base.read_text())
+    recipe.write_text('"""The recipe."""\n# as published\n' + says.format(base=str(moved), seed=3))
     stages.call("dpo", product, lambda: pytest.fail("again"), [recipe])
-    recipe.write_text("beta = 0.2\n")
+    moved.write_text(says.format(base=str(base), seed=4) + "recipe = replace(recipe, data=replace(recipe.data, epochs=2.0))")
     with pytest.raises(CommandError, match=r"stage dpo was made by another dpo\.py than there is now: name another"):
         stages.call("dpo", product, lambda: pytest.fail("again"), [recipe])
     assert stages.taken()["dpo"].keys() == {"seconds", "cpu_seconds", "peak_gib"}
@@ -161,6 +169,7 @@ def test_a_sigterm_while_a_program_is_started_ends_it(monkeypatch, tmp_path: Pat
     """Between its start and its being known to whoever started it there is a moment."""
     started, start = [], stages.start
     before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(stages, "_sigterm", stages._Sigterm())
 
     def start_and_be_asked(command, **options):
         started.append(start(command, **options))

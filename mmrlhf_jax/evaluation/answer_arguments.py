@@ -127,12 +127,23 @@ def check(arguments: AnswerArguments) -> None:
         raise UsageError("give the answers as one of --model, which makes them, and --answers")
     if arguments.answers is not None:
         bare = AnswerArguments(input=arguments.input, output=arguments.output)
-        names = ("reward", "media", "dtype", "attention", "save_every", "render", "sampling", "decode", "mesh")
+        names = (
+            "reward",
+            "suffix",
+            "media",
+            "dtype",
+            "attention",
+            "save_every",
+            "render",
+            "sampling",
+            "decode",
+            "mesh",
+        )
         if changed := [name for name in names if getattr(arguments, name) != getattr(bare, name)]:
             raise UsageError(f"--{changed[0].replace('_', '-')} (or one of its fields) is for --model")
     if arguments.reward is None and (arguments.critiques, arguments.critique) != (None, SamplingConfig()):
         raise UsageError("--critiques and --critique are for --reward")
-    if arguments.save_every <= 0:
+    if not arguments.save_every > 0:
         raise UsageError(f"--save-every {arguments.save_every} is not positive")
     if isinstance(arguments, Diversity):
         _check_diversity(arguments)
@@ -151,6 +162,8 @@ def check(arguments: AnswerArguments) -> None:
 
 
 def _check_diversity(arguments: Diversity) -> None:
+    if arguments.reward is not None:
+        raise UsageError("--reward is for benchmarks with scores: diversity compares the answers' words")
     if arguments.samples < 1:
         raise UsageError(f"--samples {arguments.samples} is not positive")
     if arguments.vocabulary < 2:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import math
 import os
 import threading
 import time
@@ -98,11 +99,11 @@ def check_endpoint(endpoint: Endpoint) -> None:
     if not endpoint.model:
         raise UsageError("--judge.url needs --judge.model, the name the server knows the judge by")
     for name in ("timeout", "workers", "max_bytes"):
-        if getattr(endpoint, name) <= 0:
-            raise UsageError(f"--judge.{name.replace('_', '-')} {getattr(endpoint, name)} is not positive")
+        if not 0 < getattr(endpoint, name) < math.inf:
+            raise UsageError(f"--judge.{name.replace('_', '-')} {getattr(endpoint, name)} is not positive and finite")
     for name in ("retries", "backoff"):
-        if getattr(endpoint, name) < 0:
-            raise UsageError(f"--judge.{name} {getattr(endpoint, name)} is negative")
+        if not 0 <= getattr(endpoint, name) < math.inf:
+            raise UsageError(f"--judge.{name} {getattr(endpoint, name)} is no finite number from 0 on")
     _key(endpoint)
 
 

@@ -145,7 +145,7 @@ def _written_out(text: str) -> Any:
     except ValueError:  # RowError is one
         try:
             return ast.literal_eval(text)  # literals only: nothing is run
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             raise RowError("'extra' is neither JSON nor a Python literal") from None
 
 

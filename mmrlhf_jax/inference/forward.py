@@ -40,6 +40,13 @@ class ForwardConfig:
     rows_per_part: int = 256
     """groups between two writes, which are not more than 20 seconds apart"""
 
+    def __post_init__(self) -> None:
+        for name in ("max_buckets", "multiple", "slots_per_device", "rows_per_part"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.workers < 0:
+            raise ValueError(f"workers is {self.workers}; it must not be negative")
+
 
 class Forwarded(NamedTuple):
     """A batch of this process, what was read from it, [B, ...] in its order, how many groups all processes did in this

@@ -35,6 +35,7 @@ class Loop:
     stages: Stages
 
     def run(self) -> None:
+        self._check_prompts()
         self._measure(0)
         for number in range(1, self.options.rounds + 1):
             self._answer(number)
@@ -42,6 +43,12 @@ class Loop:
             self._train(number, rows)
             self._measure(number)
         self._tell()
+
+    def _check_prompts(self) -> None:
+        """Raises CommandError for prompts that a round cannot be made of, before any."""
+        media = [row for share in (*self._shares, self._held_out) for row in share if row.image or row.video]
+        if self.options.media is not None and not media:
+            raise CommandError(f"--media {self.options.media}: no prompt has a picture or video")
 
     @functools.cached_property
     def _world(self) -> Path | None:
@@ -124,9 +131,17 @@ class Loop:
         def distinct(tally: Tally) -> list[Candidates]:
             return candidates.candidates_of(by_id, read_lines(answers), tally)
 
-        self._call(
-            number, f"{prefix}compare", compared, lambda: write_lines(compared, (c.row() for c in distinct(Tally())))
-        )
+        def compare() -> None:
+            tally = Tally()
+            found = distinct(tally)
+            if not (found or prefix):
+                raise CommandError(_nothing_to_compare(number, tally, self.options.sampling.max_new_tokens))
+            write_lines(compared, (each.row() for each in found))
+
+        self._call(number, f"{prefix}compare", compared, compare)
+        if not read_lines(compared):  # held-out answers that were all cut off have no score
+            self._call(number, f"{prefix}scored", scored, lambda: write_lines(scored, ()))
+            return scored
         rewards = rewards_of(self.options)
         if rewards:
             self._prepare(number, f"{prefix}candidates", compared, dataset, "mapped", ("--map", *candidates.MAPPING))
@@ -276,6 +291,14 @@ class Loop:
         _write_json(output / "results.json", {"rounds": found, "stages": taken})
         write_whole(to_path(output / "table.md"), "".join(f"{line}\n" for line in lines).encode())
         print("\n".join(["", *lines, "", f"the last policy: {self._policy(self.options.rounds)}"]))
+
+
+def _nothing_to_compare(number: int, tally: Tally, most: int) -> str:
+    counted = tally.counted
+    return (
+        f"round {number}: none of {counted.answers} answers can be scored: {counted.cut} were cut off at "
+        f"--sampling.max-new-tokens {most}, {counted.blank} are blank, {counted.unreadable} unreadable"
+    )
 
 
 @functools.cache

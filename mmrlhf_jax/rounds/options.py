@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -79,6 +80,8 @@ def check(options: Options, recipe: Recipe) -> None:
     for name in ("rounds", "prompts_per_round", "samples", "critique_samples", "steps"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} is not positive")
+    if options.seed < 0:
+        raise UsageError(f"--seed {options.seed} is negative")
     if options.sampling.temperature == 0:
         raise UsageError("greedy answers are all the same: set --sampling.temperature above 0")
     if options.sampling.seed or options.critique.seed:
@@ -117,8 +120,9 @@ def _check_scoring(options: Options) -> None:
         raise UsageError(f"--reward {', '.join(unread)} is scored and nothing reads it: name it in --direction")
     if (program := options.attributes) is not None and not (program.endswith(".py") and Path(program).is_file()):
         raise UsageError(f"--attributes {program}: no such .py file")
-    if options.few_claims is not None and (options.score != "claims" or options.few_claims < 0):
-        raise UsageError("--few-claims is for --score claims, and not negative")
+    few = options.few_claims
+    if few is not None and (options.score != "claims" or not 0 <= few < math.inf):
+        raise UsageError("--few-claims is for --score claims, finite and not negative")
 
 
 def _check_recipe(options: Options, recipe: Recipe) -> None:
@@ -133,8 +137,10 @@ def _check_recipe(options: Options, recipe: Recipe) -> None:
         )
     if not pairs and options.min_gap:
         raise UsageError(f"--min-gap is for pairs, --select {options.select} makes none")
-    if options.min_gap < 0:
-        raise UsageError(f"--min-gap {options.min_gap} is negative")
+    if not 0 <= options.min_gap < math.inf:
+        raise UsageError(f"--min-gap {options.min_gap} is no finite number from 0 on")
+    if pairs and options.samples < 2:
+        raise UsageError(f"--select {options.select} compares answers to a prompt: --samples must be at least 2")
     if recipe.margins != "data":
         raise UsageError(f"{options.recipe} has margins {recipe.margins!r}; in rounds they are the scores', 'data'")
     if options.reference is not None and not objective.needs_reference:

@@ -13,6 +13,7 @@ from mmrlhf_jax.command import CommandError
 from mmrlhf_jax.data.digit_boards.world import read_questions
 from mmrlhf_jax.data.report import SHOWN
 from mmrlhf_jax.data.sources.rows import Rejected, read_rows
+from mmrlhf_jax.inference.prompts import MISTAKEN
 from mmrlhf_jax.storage import to_path, write_whole
 
 
@@ -44,7 +45,9 @@ def read_prompt_file(file: str) -> list[Prompt]:
             bad.append(f"{row.origin}: 'prompt' is no string; rounds ask one question at a time")
         elif name in prompts:
             bad.append(f"{row.origin}: id {name!r} stands on an earlier line too")
-        elif not _is_json(fields.get("image")):
+        elif mistaken := [name for name in MISTAKEN if fields.get(name)]:
+            bad.append(f"{row.origin}: {mistaken[0]!r} is not read; name it {MISTAKEN[mistaken[0]]!r}")
+        elif not (_is_json(fields.get("image")) and _is_json(fields.get("video"))):
             bad.append(f"{row.origin}: its picture is bytes; save it as a file and name its path")
         else:
             prompts[name] = Prompt(name, fields["prompt"], fields.get("image"), fields.get("video"))

@@ -257,8 +257,8 @@ class Recipe:
             raise ValueError(f"reward.template is the prompt of a critique, which {name} does without")
         _check_outputs(self)
         _check_numbers(self)
-        if self.lora.rank < 0 or self.lora.alpha <= 0:
-            raise ValueError(f"lora.rank {self.lora.rank} and lora.alpha {self.lora.alpha:g} must be positive")
+        if self.lora.rank < 0:
+            raise ValueError(f"lora.rank is {self.lora.rank}: it must not be negative")
         if self.reference == "lora_off" and not self.lora.rank:
             raise ValueError("reference = 'lora_off' needs adapters to switch off: set lora.rank")
         _check_evaluation(self.evaluation)
@@ -294,7 +294,7 @@ def _check_outputs(recipe: Recipe) -> None:
 
 def _check_numbers(recipe: Recipe) -> None:
     """Raises ValueError for numbers by which nothing would be trained, or not what was meant."""
-    data, optimizer = recipe.data, recipe.optimizer
+    data, optimizer, checkpoint = recipe.data, recipe.optimizer, recipe.checkpoint
     rates = {f"rates.{part}": rate for part, rate in dataclasses.asdict(optimizer.rates).items()}
     for name, value, fits, wanted in (
         ("data.groups_per_step", data.groups_per_step, data.groups_per_step >= 1, "at least 1"),
@@ -309,6 +309,11 @@ def _check_numbers(recipe: Recipe) -> None:
         ("optimizer.b2", optimizer.b2, 0 <= optimizer.b2 < 1, "in [0, 1)"),
         ("optimizer.eps", optimizer.eps, optimizer.eps > 0, "positive"),
         ("optimizer.clip_norm", optimizer.clip_norm, optimizer.clip_norm > 0, "positive; inf = never"),
+        ("checkpoint.every", checkpoint.every, checkpoint.every >= 1, "at least 1"),
+        ("checkpoint.keep", checkpoint.keep, checkpoint.keep >= 1, "at least 1"),
+        ("checkpoint.grace", checkpoint.grace, checkpoint.grace > 0, "positive"),
+        ("lora.alpha", recipe.lora.alpha, 0 < recipe.lora.alpha < math.inf, "positive and finite"),
+        ("seed", recipe.seed, recipe.seed >= 0, "not negative"),
         ("compute.vocab_chunk", recipe.compute.vocab_chunk, recipe.compute.vocab_chunk >= 1, "at least 1"),
         *(
             (f"optimizer.{name}", value, 0 <= value < math.inf, "finite and not negative")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -236,7 +237,10 @@ def test_workers_ask_at_the_same_time(judge, endpoint, tmp_path):
         ({"url": "http://host/v1?key=1"}, "a key belongs into --judge.key-env"),
         ({"model": ""}, "needs --judge.model"),
         ({"timeout": 0}, "--judge.timeout 0 is not positive"),
-        ({"retries": -1}, "--judge.retries -1 is negative"),
+        ({"timeout": math.inf}, "--judge.timeout inf is not positive and finite"),
+        ({"timeout": math.nan}, "--judge.timeout nan is not positive and finite"),
+        ({"backoff": math.nan}, "--judge.backoff nan is no finite number"),
+        ({"retries": -1}, "--judge.retries -1 is no finite number from 0 on"),
         ({"key_env": "NO_SUCH_VARIABLE"}, "the environment variable NO_SUCH_VARIABLE holds no key"),
     ],
 )

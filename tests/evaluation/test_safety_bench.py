@@ -124,6 +124,7 @@ def test_a_file_without_categories_is_given_its_task(tmp_path: Path):
         (row("chess"), "'chess' is no task; there are adversarial-target, "),
         (row("x", category=None), "neither 'task' nor 'category': name its task as --input TASK=FILE"),
         (row("risk-identification", extra={}), "'extra' is no object with EXPECTED_KEYWORDS"),
+        (row("risk-identification", extra="{[1]: 2}"), "neither JSON nor a Python literal"),
         (row("risk-identification", extra="__import__('os')"), "neither JSON nor a Python literal"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import random
 import signal
@@ -387,6 +388,7 @@ def test_the_prompts_of_a_dataset_are_answered_as_those_of_its_file(
         ({"input": None}, "one of --input and --dataset"),
         ({"input": None, "dataset": "d"}, "a dataset holds its pictures"),
         ({"samples": 0}, "--samples 0 is not positive"),
+        ({"save_every": math.nan}, "--save-every nan is not positive"),
         ({"sampling": SamplingConfig()}, "2 greedy answers are the same"),
         ({"critique_samples": 2}, r"--critique-samples .* is for --reward"),
         ({"critiques": "none"}, r"--critiques .* is for --reward"),

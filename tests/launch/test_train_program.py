@@ -22,6 +22,15 @@ def test_every_objective_is_listed(monkeypatch, capsys):
     assert "tau = 0.05" in printed
 
 
+def test_a_value_that_its_class_refuses_is_bad_usage(monkeypatch, capsys):
+    tiny = str(Path(PROGRAM).parents[1] / "configs" / "tiny.py")
+    monkeypatch.setattr(sys, "argv", [PROGRAM, tiny, "--output", "run", "--data.epochs", "-1"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(PROGRAM, run_name="__main__")
+    assert ended.value.code == 2
+    assert "error: data.epochs is -1.0: it must be positive and finite" in capsys.readouterr().err
+
+
 def test_anything_else_in_place_of_a_recipe_is_bad_usage(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [PROGRAM, "--list-objective"])
     with pytest.raises(SystemExit) as ended:

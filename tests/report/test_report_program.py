@@ -286,6 +286,11 @@ def test_pictures_of_a_file_of_prompts_are_shown_too(report, data, tmp_path):
     assert "field wrong of a response does" in Page(html).text
     _, html, _ = report(run, "--answers", answers, "--input", prompts, "--media", tmp_path / "world" / "media")
     assert len(Page(html).named("img")) == 1
+    (tmp_path / "empty").mkdir()
+    status, _, error = report(run, "--answers", answers, "--input", prompts, "--media", tmp_path / "empty")
+    assert status == 1
+    assert "prompts.jsonl: 1 of its rows cannot be shown" in error
+    assert "prompts.jsonl:1: " in error
 
 
 def test_numbers_that_are_not_finite_are_gaps_and_are_told(report, tmp_path):

@@ -141,6 +141,9 @@ def test_prompt_files_are_refused_by_line(tmp_path):
     assert "2 rows cannot be asked" in str(caught.value)
     assert "p.jsonl:3: id 'x' stands on an earlier line" in str(caught.value)
     assert "p.jsonl:4: 'prompt' is no string" in str(caught.value)
+    write_lines(tmp_path / "p.jsonl", [*rows[:2], {"id": "z", "prompt": "What?", "images": ["a.png"]}])
+    with pytest.raises(CommandError, match=r"p.jsonl:3: 'images' is not read; name it 'image'"):
+        read_prompt_file(str(tmp_path / "p.jsonl"))
     write_lines(tmp_path / "p.jsonl", rows[:2])
     assert read_prompt_file(str(tmp_path / "p.jsonl")) == [Prompt("1", "Why?"), Prompt("x", "How?", "a.png")]
 

@@ -1,6 +1,7 @@
 """An option that contradicts another, or that nothing would read, is an error."""
 
 import dataclasses
+import math
 
 import pytest
 from small_world import ROOT
@@ -52,7 +53,11 @@ def test_what_the_recipes_say_is_taken():
         ({"select": "steer", "direction": ("wrong=-1", "claims=0")}, "claims=0: a prompt cannot ask for what counts"),
         ({"attributes": "p.py"}, "--attributes is for --score direction"),
         ({"few_claims": 3.0}, "--few-claims is for --score claims"),
-        ({"min_gap": -1.0}, "--min-gap -1.0 is negative"),
+        ({"min_gap": -1.0}, "--min-gap -1.0 is no finite number from 0 on"),
+        ({"min_gap": math.nan}, "--min-gap nan is no finite number"),
+        ({"samples": 1}, "--samples must be at least 2"),
+        ({"seed": -2}, "--seed -2 is negative"),
+        ({"reward": (), "score": "claims", "few_claims": math.nan}, "--few-claims is for --score claims, finite"),
         ({"select": "best"}, "--select best gives answers, which MMDPO of r.py does not train on"),
     ],
 )  # fmt: skip

@@ -43,7 +43,15 @@ from mmrlhf_jax.objectives import (
     VisitDPO,
 )
 from mmrlhf_jax.training.data import selection_of
-from mmrlhf_jax.training.recipe import DataConfig, OptimizerConfig, PartRates, Recipe, RewardConfig
+from mmrlhf_jax.training.recipe import (
+    CheckpointConfig,
+    DataConfig,
+    LoraConfig,
+    OptimizerConfig,
+    PartRates,
+    Recipe,
+    RewardConfig,
+)
 from mmrlhf_jax.training.state import TrainState, partition
 from mmrlhf_jax.training.step import (
     initial_averages,
@@ -241,12 +249,26 @@ def test_what_pairs_alone_cannot_train_is_refused(objective):
         ("optimizer", {"b2": 1.0}, "optimizer.b2"),
         ("optimizer", {"learning_rate": math.nan}, "optimizer.learning_rate is nan: it must be finite"),
         ("optimizer", {"rates": PartRates(decoder=-1.0)}, "optimizer.rates.decoder is -1.0"),
+        ("checkpoint", {"every": 0}, "checkpoint.every is 0: it must be at least 1"),
+        ("checkpoint", {"keep": 0}, "checkpoint.keep is 0"),
+        ("checkpoint", {"grace": 0.0}, "checkpoint.grace is 0.0: it must be positive"),
+        ("lora", {"alpha": math.nan}, "lora.alpha is nan: it must be positive and finite"),
     ],
 )
 def test_numbers_by_which_nothing_would_be_learned_are_refused(part, changes, said):
-    fields = {"data": DataConfig(), "optimizer": OptimizerConfig()}
+    fields = {
+        "data": DataConfig(),
+        "optimizer": OptimizerConfig(),
+        "checkpoint": CheckpointConfig(),
+        "lora": LoraConfig(),
+    }
     with pytest.raises(ValueError, match=said):
         Recipe(objective=DPO(), **{part: dataclasses.replace(fields[part], **changes)})
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed is -1"):
+        Recipe(objective=DPO(), seed=-1)
 
 
 def test_a_reference_or_a_template_that_nothing_reads_is_refused():
