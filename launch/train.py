@@ -47,9 +47,11 @@ def main() -> None:
     output, recipe = read_arguments(command, prog=f"train.py {file}", args=arguments)
     from mmrlhf_jax.training.distributed import join_processes
     from mmrlhf_jax.training.peers import watched_processes
+    from mmrlhf_jax.training.runtime import set_up_jax
     from mmrlhf_jax.training.train import train
 
     join_processes()
+    set_up_jax(recipe.compute.dtype)  # before the watch, which asks jax for the number of this process
     with watched_processes():
         train(recipe, output)
 

@@ -80,7 +80,8 @@ def read_arguments(what: Any, **options: Any) -> Any:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
-    print("the program that started this one has gone", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError):  # its terminal may have gone with it
+        print("the program that started this one has gone", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -112,7 +112,9 @@ recipe = replace(read_recipe({base!r}), seed={seed})
     moved.write_text(base.read_text())
     recipe.write_text('"""The recipe."""\n# as published\n' + says.format(base=str(moved), seed=3))
     stages.call("dpo", product, lambda: pytest.fail("again"), [recipe])
-    moved.write_text(says.format(base=str(base), seed=4) + "recipe = replace(recipe, data=replace(recipe.data, epochs=2.0))")
+    moved.write_text(
+        says.format(base=str(base), seed=4) + "recipe = replace(recipe, data=replace(recipe.data, epochs=2.0))"
+    )
     with pytest.raises(CommandError, match=r"stage dpo was made by another dpo\.py than there is now: name another"):
         stages.call("dpo", product, lambda: pytest.fail("again"), [recipe])
     assert stages.taken()["dpo"].keys() == {"seconds", "cpu_seconds", "peak_gib"}

@@ -125,11 +125,13 @@ class State:
 
 @struct.dataclass
 class Status:
-    """What the host looks at, [B] each: which rows are `busy`, tokens `sampled` in them so far, which are `broken`."""
+    """What the host looks at, [B] each: which rows are `busy`, tokens `sampled` in them so far, which are `broken`; and
+    the `steps` i32 [] that were taken."""
 
     busy: jax.Array
     sampled: jax.Array
     broken: jax.Array
+    steps: jax.Array
 
 
 @dataclass(frozen=True)
@@ -233,8 +235,8 @@ def run(
         return state, t + 1, goes_on(state, t + 1)
 
     start = jnp.zeros((), jnp.int32)
-    state, _, _ = jax.lax.while_loop(lambda carry: carry[2], body, (state, start, goes_on(state, start)))
-    return state, Status(_busy(state), state.sampled, state.broken)
+    state, taken, _ = jax.lax.while_loop(lambda carry: carry[2], body, (state, start, goes_on(state, start)))
+    return state, Status(_busy(state), state.sampled, state.broken, taken)
 
 
 def _busy(state: State) -> jax.Array:

@@ -30,9 +30,10 @@ from mmrlhf_jax.models.llava_onevision.config import LlavaOnevisionConfig
 from mmrlhf_jax.models.llava_onevision.model import Compute
 from mmrlhf_jax.nn.sharding import batch_share
 from mmrlhf_jax.training.metrics import Clock
-from mmrlhf_jax.training.peers import BEHIND, STEP, doing, new_pace, step_begins
+from mmrlhf_jax.training.peers import BEHIND, STEP, doing, new_pace, next_step
 from mmrlhf_jax.training.runtime import to_devices
 
+STEP_TOKENS = 64  # prompt tokens that take as long as a step of decoding; on accelerators more, which then have time
 _AHEAD = 3  # requests of a shard that are rendered or being rendered
 
 
@@ -206,6 +207,7 @@ def decode(
                 yield from _decode_bucket(host, run.steps, tally)
             finally:  # also where the consumer has had enough, or a request cannot be rendered
                 host.cancel()
+                doing(BEHIND)
 
 
 def _check(requests: Sequence[Request], most: int, said: int) -> None:
@@ -229,7 +231,6 @@ class _Tally:
     done: int = 0
     prefilled: int = 0
     generated: int = 0
-    looks: int = 0  # of the host
 
     def tell(self, generated: int) -> None:
         """`generated` by the bucket in work, on top of those before it."""
@@ -391,16 +392,17 @@ def _decode_bucket(host: _Bucket, steps: int, tally: _Tally) -> Iterator[tuple[i
     host.render_ahead()
     finished: list[tuple[int, Samples]] = []
     generated = 0
-    clock = Clock()
+    clock, slots = Clock(), host.bucket.tiles * host.shape.model.tile_cost + host.bucket.prompt + host.bucket.response
+    prefill = slots / STEP_TOKENS
     new_pace()
     while host.pending():
-        tally.looks += 1
-        work = 1.0 + host.admissible()  # a prefill takes as long as many tokens
-        step_begins(tally.looks, work)
+        next_step(steps + prefill * host.admissible())
+        admitted = 0
         # a prefill forwards a row on every shard: it waits until half of those that have requests have room
         need = max(1, math.ceil(sum(map(bool, host.queues)) / 2))
         while (ready := host.ready()) and (len(ready) >= need or not host.in_flight()):
             tally.prefilled += sum(host.tokens(shard) for shard in ready)
+            admitted += 1
             with clock.compiling(host.programs.admit):
                 state = host.admit(state, ready)
         with clock.compiling(host.programs.run):
@@ -411,7 +413,6 @@ def _decode_bucket(host: _Bucket, steps: int, tally: _Tally) -> Iterator[tuple[i
         tally.done += len(finished)
         generated = int(status.sampled.sum())
         tally.tell(generated)
-        clock.lap(work)
+        clock.lap(int(status.steps) + prefill * admitted)
     tally.generated += generated
     yield from finished
-    doing(BEHIND)

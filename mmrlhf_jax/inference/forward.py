@@ -21,7 +21,7 @@ from mmrlhf_jax.groups import Group, Renderer
 from mmrlhf_jax.nn.sharding import BatchShare, batch_sharding, batch_share, replicated
 from mmrlhf_jax.training.metrics import Clock
 from mmrlhf_jax.training.model import LoadedModel
-from mmrlhf_jax.training.peers import BEHIND, doing, new_pace, step_begins
+from mmrlhf_jax.training.peers import BEHIND, doing, new_pace, next_step
 from mmrlhf_jax.training.runtime import to_devices
 
 FLUSH_SECONDS = 20.0  # a killed run loses at most what it did in this time
@@ -134,16 +134,20 @@ def _walk(
     compiled = jax.jit(forward.read, out_shardings=placed)
     clock = Clock()
     new_pace()
-    with jax.set_mesh(mesh):
-        for number, (micro, batch) in enumerate(clock.waiting(micro_batches(plan, loader, workers=config.workers)), 1):
-            bucket = buckets.buckets[micro.bucket]
-            slots = bucket.groups * (bucket.tiles * forward.model.config.tile_cost + bucket.prompt + bucket.response)
-            step_begins(number, slots)
-            with clock.compiling(bucket):
-                values = compiled(forward.model.params, to_devices(batch, mesh))
-            yield micro, batch, items, values
-            clock.lap(slots)
-    doing(BEHIND)
+    following = iter(plan.micro_batches[1:])
+    try:
+        with jax.set_mesh(mesh):
+            for micro, batch in clock.waiting(micro_batches(plan, loader, workers=config.workers)):
+                bucket = buckets.buckets[micro.bucket]
+                next_step(1.0)
+                with clock.compiling(bucket):
+                    values = compiled(forward.model.params, to_devices(batch, mesh))
+                yield micro, batch, items, values
+                clock.lap(1.0)
+                if (after := next(following, None)) is not None and after.bucket != micro.bucket:
+                    new_pace()  # loading it, too: videos come after pictures
+    finally:
+        doing(BEHIND)
 
 
 def written_parts(mesh: Mesh) -> set[int]:

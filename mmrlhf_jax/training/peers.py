@@ -45,6 +45,7 @@ AGAIN = "run the same command to go on"
 KEY = "mmrlhf/peers/"
 STEP = "in the step"  # what it does there, such as a collective, may be waiting for others
 BEHIND = "behind its last batch"  # storing what is done, or loading what comes next
+PARTING = "waiting for the others to end"
 STORING = "storing what is done"
 
 
@@ -96,10 +97,11 @@ class StuckConfig:
 
     step: float = 30.0
     """seconds without a sign of progress in a step (of training, or of a model that scores or answers: a batch), data
-    included; or, where that is longer, ten times what the slowest of the last 16 steps would have taken for as many
-    operations"""
+    included; or, where that is longer, ten times what the slowest of the last 16 steps would have taken for as much
+    work"""
     other: float = 3600.0
-    """the same for what says nothing of how long it takes: compiling, a batch of an evaluation, saving"""
+    """the same for what says nothing of how long it takes: compiling, a batch of an evaluation, saving, and what lies
+    between two datasets or models"""
 
     def __post_init__(self) -> None:
         shortest = 3 * BEAT
@@ -144,6 +146,11 @@ def meanwhile(what: str) -> Iterator[None]:
     doing(what)
     yield
     _here.place = before
+
+
+def next_step(work: float) -> None:
+    """`step_begins` of the step after the last one, whatever stage of a job that was in."""
+    step_begins(_here.place.step + 1, work)
 
 
 def new_pace() -> None:
@@ -192,7 +199,7 @@ def watched_processes() -> Iterator[None]:
 
 def _part() -> None:
     """Returns when all have come to their end: jax aborts those whose work goes on for minutes after the others'."""
-    doing("waiting for the others to end")
+    doing(PARTING)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # who has gone is the watch's affair
         client().wait_at_barrier(f"mmrlhf/peers/end/{next(_ends)}", PATIENCE_MS)
     _here.state = "done"
@@ -237,7 +244,7 @@ def _exit_soon(status: int, seconds: float) -> None:
 def end_together(message: str) -> NoReturn:
     """Ends this process from any thread, and with it the others, which say `message` too: why none may go on.
 
-    While they hear of it nothing in this process runs Python any more, hence none of its threads writes.
+    While they hear of it nothing in this process runs Python any more: no line, part or checkpoint is finished.
     """
     _tell("ending", message)
     _say(f"error: {message}")
@@ -247,7 +254,10 @@ def end_together(message: str) -> NoReturn:
                 sign = Sign(sys.maxsize, socket.gethostname(), "ending", _here.place, message)
                 client().key_value_set(f"{KEY}{jax.process_index()}", to_json(sign), allow_overwrite=True)
             time.sleep(0.05)
-        libc, left = ctypes.PyDLL(None), math.ceil(HEARD) + 1  # PyDLL: the interpreter's lock is kept
+        libc, left = (
+            ctypes.PyDLL(None),
+            math.ceil(2 * HEARD),
+        )  # as long as in _end; PyDLL: the interpreter's lock is kept
         while left:
             left = libc.sleep(left)  # what a signal left of it
     _exit(1)
@@ -265,8 +275,15 @@ def _end(message: str, state: str, *, tell: bool) -> NoReturn:
 
 
 def _tell(state: str, message: str) -> None:
-    _here.state, _here.message = state, message
+    _here.message = message  # first: the watch may tell between the two
+    _here.state = state
     _here.news.set()
+
+
+def tell_failure(message: str) -> None:
+    """Tells the others, which end, of an error that this process will raise, but perhaps waits for them before."""
+    if _here.together:
+        _tell("failed", message[:500])
 
 
 def _say(line: str) -> None:
@@ -385,7 +402,7 @@ class Watch:
         running = self._running()
         last = min((sign.place.step for sign in running.values()), default=0)
         behind = [process for process, sign in running.items() if sign.place.step == last]
-        return [process for process in behind if running[process].place.what != STEP] or behind
+        return [process for process in behind if running[process].place.what not in (STEP, PARTING)] or behind
 
     def _stalled(self, now: float) -> str | None:
         running = self._running()

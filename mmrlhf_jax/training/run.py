@@ -39,9 +39,10 @@ from mmrlhf_jax.models.files import read_text
 from mmrlhf_jax.nn import params as nn_params
 from mmrlhf_jax.training import manifest
 from mmrlhf_jax.training.distributed import from_speaker, is_speaker
-from mmrlhf_jax.training.peers import PATIENCE_MS
+from mmrlhf_jax.training.peers import PATIENCE_MS, tell_failure
 from mmrlhf_jax.training.recipe import CheckpointConfig
 from mmrlhf_jax.training.state import TrainState, combine
+from mmrlhf_jax.writing import explain
 
 
 def _is_ours_to_say(record: logging.LogRecord) -> bool:
@@ -165,12 +166,18 @@ class Checkpoints:
             force=True,
         )
         self._sealing = self._beside.submit(self._seal, step, began)
+        self._sealing.add_done_callback(self._tell)
 
     def _seal(self, step: int, began: float) -> None:
         self.manager.wait_until_finished()
         seconds = time.monotonic() - began
         if is_speaker():
             self.written = manifest.seal(self.directory / str(step), seconds)
+
+    def _tell(self, sealing: Future[None]) -> None:
+        """The others may not come to where this process raises it: they may wait for it, or it for them."""
+        if (error := sealing.exception()) is not None:
+            tell_failure(explain(error, os.fspath(self.directory.parent)) or str(error))
 
     def check(self) -> None:
         """Raises what went wrong with a checkpoint beside training, as soon as it has."""
