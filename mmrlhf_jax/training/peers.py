@@ -254,10 +254,8 @@ def end_together(message: str) -> NoReturn:
                 sign = Sign(sys.maxsize, socket.gethostname(), "ending", _here.place, message)
                 client().key_value_set(f"{KEY}{jax.process_index()}", to_json(sign), allow_overwrite=True)
             time.sleep(0.05)
-        libc, left = (
-            ctypes.PyDLL(None),
-            math.ceil(2 * HEARD),
-        )  # as long as in _end; PyDLL: the interpreter's lock is kept
+        libc = ctypes.PyDLL(None)  # whose calls keep the interpreter's lock
+        left = math.ceil(2 * HEARD)  # as long as in _end
         while left:
             left = libc.sleep(left)  # what a signal left of it
     _exit(1)
