@@ -40,7 +40,7 @@ def main() -> None:
         slices: int = 1,
         shape: Literal["", "0.5b", "7b", "72b"] = "",
         bucket: str = "",
-        responses: int = 4,
+        responses: int | None = None,
         all_buckets: bool = False,
         estimate: bool = False,
         efficiency: float = EFFICIENCY,
@@ -57,7 +57,7 @@ def main() -> None:
             bucket: GROUPS,TILES,PROMPT,RESPONSE of a micro-batch over all chips, in place of a dataset; 0 groups: as
                 many as data.slots-per-device lets a chip take. Default: a ranked picture of the MM-RLHF mix,
                 0,5,3072,768
-            responses: responses of a group, where there is no dataset
+            responses: responses of a group, where there is no dataset; 4 by default
             all_buckets: compile every bucket of the dataset, not only the one that needs most
             estimate: compile nothing
             efficiency: share of a chip's peak that matrix products are taken to reach
@@ -68,10 +68,11 @@ def main() -> None:
         target = read_target(topology, device, slices)
         if bucket and recipe.dataset:
             raise UsageError("--bucket stands for a dataset that is not here: leave one of them out")
-        if recipe.dataset and responses != 4:
+        if recipe.dataset and responses is not None:
             raise UsageError("--responses are those of a dataset: leave one of them out")
         if all_buckets and (estimate or device):
             raise UsageError("--all-buckets compiles for TPUs: --device and --estimate compile nothing")
+        responses = 4 if responses is None else responses
         if not 0 < efficiency <= 1 or responses < 1:
             raise UsageError("--efficiency lies in (0, 1], --responses is positive")
         choices = Choices(

@@ -128,17 +128,8 @@ def check(arguments: AnswerArguments) -> None:
     if arguments.answers is not None:
         bare = AnswerArguments(input=arguments.input, output=arguments.output)
         names = (
-            "reward",
-            "suffix",
-            "media",
-            "dtype",
-            "attention",
-            "save_every",
-            "render",
-            "sampling",
-            "decode",
-            "mesh",
-        )
+            "reward", "suffix", "media", "dtype", "attention", "save_every", "render", "sampling", "decode", "mesh",
+        )  # fmt: skip
         if changed := [name for name in names if getattr(arguments, name) != getattr(bare, name)]:
             raise UsageError(f"--{changed[0].replace('_', '-')} (or one of its fields) is for --model")
     if arguments.reward is None and (arguments.critiques, arguments.critique) != (None, SamplingConfig()):

@@ -49,6 +49,16 @@ def bury(hosts):
         host.process.wait()
 
 
+def codes_of(hosts):
+    """What both end with, within a minute."""
+    began = time.monotonic()
+    try:
+        return [host.process.wait(MINUTE) for host in hosts]
+    finally:
+        bury(hosts)
+        print([host.printed()[-1500:] for host in hosts], time.monotonic() - began)
+
+
 HARMS = [(harm, victim) for harm in (signal.SIGKILL, signal.SIGSTOP) for victim in (1, 0)]
 
 
@@ -185,14 +195,8 @@ def test_a_host_that_is_stuck_while_annotating_is_named_too(tmp_path):
 def test_a_host_that_fails_takes_the_other_along_with_its_message(small_world, tmp_path):
     """Its disk is full, say; the other waits in a collective."""
     hosts = at_work(small_world, tmp_path / "run")
-    began = time.monotonic()
     (tmp_path / "run").rename(tmp_path / "gone")
-    try:
-        codes = [host.process.wait(MINUTE) for host in hosts]
-    finally:
-        bury(hosts)
-    print([host.printed()[-1500:] for host in hosts], time.monotonic() - began)
-    assert codes == [1, 1]
+    assert codes_of(hosts) == [1, 1]
     assert any(f"error: {tmp_path}/run: " in host.printed() for host in hosts)
 
 
@@ -200,14 +204,8 @@ def test_a_host_that_fails_takes_the_other_along_with_its_message(small_world, t
 def test_a_checkpoint_that_one_host_cannot_write_ends_both_at_the_next_step(small_world, tmp_path, victim):
     """Of a write that failed on some hosts orbax by itself tells after twenty minutes, when its barriers give up."""
     hosts = at_work(small_world, tmp_path / "run")
-    began = time.monotonic()
     resource.prlimit(hosts[victim].process.pid, resource.RLIMIT_FSIZE, (12_000, 12_000))  # more than it prints
-    try:
-        codes = [host.process.wait(MINUTE) for host in hosts]
-    finally:
-        bury(hosts)
-    print([host.printed()[-1500:] for host in hosts], time.monotonic() - began)
-    assert codes == [1, 1]
+    assert codes_of(hosts) == [1, 1]
     for host in hosts:
         assert re.search(rf"error: .*{tmp_path}/run: File too large ", host.printed())
         assert "raise the limit on the size of files (ulimit -f)" in host.printed()
